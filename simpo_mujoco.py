@@ -1,0 +1,951 @@
+"""SiMPO on MuJoCo: online RL of a diffusion policy by signed reweighted matching (Table 2).
+
+    python simpo_mujoco.py --env-id Hopper-v4 --neg-clip -0.05
+
+Paper: arXiv 2603.10250, Algorithm 1 and section 5.2. Copy this file and common.py; nothing else of
+the repository is needed. Time runs from t = 0 (action) to t = 1 (noise), here in T discrete steps
+t/T; a_t = alpha_t a0 + sigma_t noise and vel = alpha_t noise - sigma_t a0.
+Legend: B states of a batch, N samples a state, o observation, d action, H hidden units, T steps.
+
+Where the paper is silent, or we depart from it:
+1. Gaussian noise is added to the action taken, to the action in the critic's target and to the
+   samples that the policy is refitted to; else a policy refitted to its own samples collapses.
+2. The clip of eq. (11) also applies to the signed powers sign(y) |y|^p ("Sqr. Neg.").
+3. Actions taken and critic targets are the best of N samples by the smaller critic (as DPMD).
+4. The N samples are drawn at the next states of the batch and serve critic and policy alike.
+5. lam follows its dual on a log scale, without the chain rule's factor lam.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+import warnings
+import zipfile
+from collections import deque
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+# One XLA device per core and the batch split over them: XLA threads a single CPU device badly.
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={min(CORES, 8)}")
+if "--capture-video" in sys.argv and sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax.sharding import NamedSharding, PartitionSpec
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from common import solve_nu, update_lam
+
+SCRIPT = "simpo_mujoco"
+EVAL_SEED = 1_000_000  # evaluation episode i is reset with EVAL_SEED + i, whatever --seed is
+GRAD_NORM_LIMIT = 1e6  # a run past it has diverged
+LOG_EVERY = 200  # updates between two reads of the metrics; a read waits for the device
+
+
+class UsageError(Exception):
+    """Bad input. `main` prints it as one line and exits with code 2."""
+
+
+class Diverged(Exception):
+    """The run cannot go on: a quantity is not finite or has exploded."""
+
+
+# ---- Args -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    # --- weighting ---
+    weighting: Literal["exp", "linear", "square", "power", "qvpo", "wd1"] = "linear"
+    """g in eq. (9): Table 1 (exp, linear, square, power), Example 3.2 (qvpo) or 3.4 (wd1)"""
+    power: float | None = None
+    """p of --weighting power, w = sign(y) |y|^p; alpha of Table 1 is 1 + 1/p"""
+    neg_clip: float = 0.0
+    """l in eq. (11), in units of w; 0 keeps w >= 0, the paper's Lin. Neg. is -0.05"""
+    # --- run ---
+    seed: int = 1
+    """seed of the networks, environments, replay and noise"""
+    run_dir: str | None = None
+    """folder of this run; default runs/{env_id}__simpo_mujoco__{seed}__{time}"""
+    resume: str | None = None
+    """run folder to go on with, bit for bit; takes its arguments from there"""
+    evaluate: str | None = None
+    """run folder to evaluate instead of training"""
+    eval_every: int = 50_000
+    """environment steps between two evaluations; 0 evaluates at the end only"""
+    eval_episodes: int = 20
+    """episodes of one evaluation, run at once"""
+    checkpoint_every: int = 25_000
+    """environment steps between two checkpoints; 0 saves at the end and when stopped only"""
+    num_devices: int | None = None
+    """XLA devices that share a batch; default every CPU device, or one GPU"""
+    capture_video: bool = False
+    """write an mp4 of the first episode of every evaluation"""
+    track: bool = False
+    """mirror the TensorBoard log to Weights & Biases (pip install wandb)"""
+    # --- env ---
+    env_id: str = "Hopper-v4"
+    """Gymnasium id with a flat Box observation and a bounded Box action; module:Name-v0 works"""
+    num_envs: int = 5
+    """parallel environments; one update for each step of all of them"""
+    # --- lam ---
+    eps_kl: float = 1.5
+    """epsilon in eq. (30), nats: KL(softmax(q / lam) || uniform); below log N"""
+    lam_lr: float = 0.01
+    """step of the dual on log lam"""
+    # --- diffusion ---
+    num_samples: int = 32
+    """N, samples a state"""
+    sampling_steps: int = 20
+    """T, steps of the diffusion, in training and sampling"""
+    noise_start: float = 0.3
+    """std of the Gaussian noise on actions at the first update, in half action ranges"""
+    noise_end: float = 0.1
+    """the same at the last update; linear between"""
+    train_noise: bool = True
+    """add that noise to the samples the policy is refitted to as well"""
+    policy_tau: float = 1.0
+    """rate at which the policy that is sampled follows the one that is trained; 1: the same"""
+    target_best: bool = True
+    """critic target from the best of N samples; otherwise from their mean value"""
+    policy_lr: float = 3e-4
+    """Adam's rate for the policy at the first update"""
+    policy_lr_end: float = 3e-5
+    """the same at the last update; linear between"""
+    # --- critic ---
+    gamma: float = 0.99
+    """discount"""
+    tau: float = 0.005
+    """rate at which the target critics follow"""
+    critic_lr: float = 3e-4
+    """Adam's rate for the critics"""
+    reward_scale: float = 0.2
+    """factor on rewards before the critics see them"""
+    # --- budget ---
+    total_timesteps: int = 1_000_000
+    """environment steps over all environments"""
+    learning_starts: int = 30_000
+    """environment steps with uniform random actions before the first update"""
+    buffer_size: int = 1_000_000
+    """transitions in the replay, the most recent ones"""
+    batch_size: int = 256
+    """B, transitions an update"""
+    policy_delay: int = 2
+    """updates of the critics for one of the policy"""
+    hidden_dim: int = 256
+    """H, units of each of the 3 hidden layers of every network"""
+
+    def __post_init__(self):
+        def need(ok, flag, rule):
+            if not ok:
+                value = getattr(self, flag.replace("-", "_"))
+                raise UsageError(f"--{flag} must be {rule}, got {value}")
+
+        for field in dataclasses.fields(self):
+            if field.type is float:
+                value = getattr(self, field.name)
+                need(math.isfinite(value), field.name.replace("_", "-"), "finite")
+        for flag in (
+            *("total-timesteps", "num-envs", "buffer-size", "batch-size", "sampling-steps"),
+            *("eval-episodes", "policy-delay", "hidden-dim"),
+        ):
+            need(getattr(self, flag.replace("-", "_")) >= 1, flag, "at least 1")
+        for flag in ("seed", "eval-every", "checkpoint-every", "noise-start", "noise-end"):
+            need(getattr(self, flag.replace("-", "_")) >= 0, flag, "at least 0")
+        for flag in ("lam-lr", "policy-lr", "critic-lr", "reward-scale"):
+            need(getattr(self, flag.replace("-", "_")) > 0, flag, "above 0")
+        for flag in ("tau", "policy-tau"):
+            need(0 < getattr(self, flag.replace("-", "_")) <= 1, flag, "in (0, 1]")
+        need(0 <= self.gamma <= 1, "gamma", "in [0, 1]")
+        need(0 <= self.policy_lr_end <= self.policy_lr, "policy-lr-end", "in [0, policy-lr]")
+        need(self.num_samples >= 2, "num-samples", "at least 2: weights compare samples")
+        limit = math.log(self.num_samples)
+        rule = f"in (0, log N) = (0, {limit:.2f}) for --num-samples {self.num_samples}"
+        need(0 < self.eps_kl < limit, "eps-kl", rule)
+        need(self.neg_clip <= 0, "neg-clip", "at most 0")
+        clipped = self.weighting in ("linear", "square", "power")
+        rule = f"0 with --weighting {self.weighting}, which has no clip"
+        need(clipped or self.neg_clip == 0, "neg-clip", rule)
+        if self.weighting == "power":
+            need(self.power is not None and self.power > 0, "power", "above 0")
+        else:
+            need(self.power is None, "power", f"left out with --weighting {self.weighting}")
+        rule = f"at least --batch-size {self.batch_size}"
+        need(self.learning_starts >= self.batch_size, "learning-starts", rule)
+        need(self.buffer_size >= self.batch_size, "buffer-size", rule)
+        rule = f"above --learning-starts {self.learning_starts}, or nothing is trained"
+        need(self.total_timesteps > self.learning_starts, "total-timesteps", rule)
+        need(self.num_devices is None or self.num_devices >= 1, "num-devices", "at least 1")
+
+    @property
+    def num_updates(self):
+        """Updates of the critics in the whole run, for the schedules."""
+        return -(-(self.total_timesteps - self.learning_starts) // self.num_envs)
+
+
+# ---- networks ---------------------------------------------------------------------------------
+
+
+def mish(x):
+    """x tanh(softplus(x)) with one exp and one division; e^20 is inf for float32's purposes."""
+    e = jnp.exp(jnp.minimum(x, 20.0))
+    n = e * (e + 2)
+    return x * (n / (n + 2))
+
+
+def init_mlp(key, sizes):
+    """List of {"w" [in, out], "b" [out]}: truncated normal of variance 1/in, and zeros."""
+    init = jax.nn.initializers.lecun_normal()
+    keys = jax.random.split(key, len(sizes) - 1)
+    shapes = zip(sizes[:-1], sizes[1:], strict=True)
+    return [{"w": init(k, s), "b": jnp.zeros(s[1])} for k, s in zip(keys, shapes, strict=True)]
+
+
+def dense(layer, x):
+    return x @ layer["w"] + layer["b"].reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def mlp(layers, x):
+    """Mish between layers, none after the last. x [..., in] -> [..., out]."""
+    for layer in layers[:-1]:
+        x = mish(dense(layer, x))
+    return dense(layers[-1], x)
+
+
+def q_values(critics, obs, act):
+    """Both critics. obs [B, o], act [B, N, d] -> [2, B, N]; the state's part is computed once."""
+
+    def one(net):
+        w_obs, w_act = jnp.split(net[0]["w"], [obs.shape[-1]])
+        first = dense({"w": w_obs, "b": net[0]["b"]}, obs)[:, None] + act @ w_act
+        return mlp(net[1:], mish(first))[..., 0]
+
+    return jnp.stack([one(net) for net in critics])
+
+
+def velocity(theta, obs, num_steps):
+    """The policy at fixed states: obs [B, o] -> vel(at [B, N, d], t int [] or [B, N]) [B, N, d].
+
+    Its first layer sees [obs | at | time embedding]; the parts of state and time are made here,
+    once for all samples and diffusion steps.
+    """
+    first, *rest = theta["net"]
+    o, e = obs.shape[-1], theta["time"][-1]["b"].shape[0]
+    w_obs, w_act, w_time = jnp.split(first["w"], [o, first["w"].shape[0] - e])
+    obs_part = dense({"w": w_obs, "b": first["b"]}, obs)[:, None]  # [B, 1, H]
+    freq = 10_000.0 ** -jnp.linspace(0, 1, 8)  # sinusoidal embedding of 1..T, 16 numbers
+    phase = jnp.outer(jnp.arange(1.0, num_steps + 1), freq)
+    embedding = jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
+    time_part = mlp(theta["time"], embedding) @ w_time  # [T, H]
+
+    def vel(at, t):
+        t_part = jnp.broadcast_to(time_part[t], (*at.shape[:-1], time_part.shape[-1]))
+        return mlp(rest, mish(obs_part + at @ w_act + t_part))
+
+    return vel
+
+
+# ---- diffusion --------------------------------------------------------------------------------
+
+
+class Schedule(NamedTuple):
+    """The cosine schedule of Table 4 at t = 1..T, each [T]; q(a_{t-1} | a_t, a0) as DDPM."""
+
+    alpha: np.ndarray  # a_t = alpha a0 + sigma noise
+    sigma: np.ndarray
+    coef_a0: np.ndarray  # E[a_{t-1}] = coef_a0 a0 + coef_at a_t
+    coef_at: np.ndarray
+    std: np.ndarray  # of a_{t-1}; 0 at t = 1
+
+
+def cosine_schedule(num_steps, s=0.008, beta_max=0.999):
+    """Table 4: alpha_bar_t = f(t) / f(0), f(t) = cos((t/T + s) / (1 + s) pi/2)^2."""
+    f = np.cos((np.arange(num_steps + 1) / num_steps + s) / (1 + s) * np.pi / 2) ** 2
+    beta = np.minimum(1 - f[1:] / f[:-1], beta_max)
+    bar = np.cumprod(1 - beta)
+    bar_prev = np.append(1.0, bar[:-1])
+    coef_a0 = np.sqrt(bar_prev) * beta / (1 - bar)
+    coef_at = np.sqrt(1 - beta) * (1 - bar_prev) / (1 - bar)
+    std = np.sqrt(beta * (1 - bar_prev) / (1 - bar))
+    columns = (np.sqrt(bar), np.sqrt(1 - bar), coef_a0, coef_at, std)
+    return Schedule(*(x.astype(np.float32) for x in columns))
+
+
+def sample(vel, schedule, shape, key):
+    """Ancestral sampling from t = T to 1, the predicted a0 clipped to [-1, 1]. -> a0 of shape."""
+    k_init, k_steps = jax.random.split(key)
+
+    def denoise(at, t):
+        a0 = jnp.clip(alpha[t] * at - sigma[t] * vel(at, t), -1, 1)
+        noise = jax.random.normal(jax.random.fold_in(k_steps, t), shape)
+        return coef_a0[t] * a0 + coef_at[t] * at + std[t] * noise, None
+
+    alpha, sigma, coef_a0, coef_at, std = (jnp.asarray(x) for x in schedule)
+    steps = jnp.arange(len(schedule.alpha) - 1, -1, -1)
+    return jax.lax.scan(denoise, jax.random.normal(k_init, shape), steps)[0]
+
+
+def sample_actions(args, theta, obs, key):
+    """N actions for each state: obs [B, o] -> a0 [B, N, d] in [-1, 1]."""
+    d = theta["net"][-1]["b"].shape[0]
+    vel = velocity(theta, obs, args.sampling_steps)
+    shape = (obs.shape[0], args.num_samples, d)
+    return sample(vel, cosine_schedule(args.sampling_steps), shape, key)
+
+
+# ---- weights ----------------------------------------------------------------------------------
+
+
+def weights(args, q, lam):
+    """w [B, N] of eq. (9) from q [B, N] and lam [] in reward units, no gradient.
+
+    Mean 1 over N for exp, linear, square and power; 0 for wd1; not normalised for qvpo.
+    """
+    n, q = q.shape[-1], jax.lax.stop_gradient(q - jnp.max(q, axis=-1, keepdims=True))
+    if args.weighting == "exp":  # Example 3.1
+        return n * jax.nn.softmax(q / lam, axis=-1)
+    if args.weighting == "qvpo":  # Example 3.2, lam fixed to 1/2
+        return jax.nn.relu(q - jnp.mean(q, axis=-1, keepdims=True)) / 0.5
+    if args.weighting == "wd1":  # Example 3.4
+        adv = jax.nn.standardize(q, axis=-1, epsilon=1e-12)
+        return n * (jax.nn.softmax(adv, axis=-1) - jax.nn.softmax(-adv, axis=-1))
+    power = {"linear": 1, "square": 2, "power": args.power}[args.weighting]
+    y = (q - solve_nu(q, lam, power, args.neg_clip)) / lam
+    # differs from paper: the clip of eq. (11) for powers other than 1
+    return jnp.maximum(jnp.sign(y) * jnp.abs(y) ** power, args.neg_clip)
+
+
+# ---- losses and update ------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """Everything that training changes on the device."""
+
+    theta: dict  # policy: "net" and the time embedding "time"
+    theta_target: dict  # the policy that is sampled
+    critics: list  # two networks
+    critics_target: list
+    theta_opt: optax.OptState
+    critics_opt: optax.OptState
+    log_lam: jax.Array
+    step: jax.Array  # updates done
+
+
+def optimisers(args):
+    """Adam for the policy, its rate annealed over the budget (Table 4), and for the critics."""
+    policy_updates = max(args.num_updates // args.policy_delay, 1)
+    rate = optax.linear_schedule(args.policy_lr, args.policy_lr_end, policy_updates)
+    return optax.adam(rate), optax.adam(args.critic_lr)
+
+
+def init_state(args, obs_dim, act_dim, key):
+    """Fresh networks of Table 4 for o observations and d actions."""
+    k_net, k_time, *k_critics = jax.random.split(key, 4)
+    hidden, embedding = [args.hidden_dim] * 3, 16
+    net = init_mlp(k_net, [obs_dim + act_dim + embedding, *hidden, act_dim])
+    theta = {"net": net, "time": init_mlp(k_time, [embedding, 2 * embedding, embedding])}
+    critics = [init_mlp(k, [obs_dim + act_dim, *hidden, 1]) for k in k_critics]
+    policy_adam, critic_adam = optimisers(args)
+    copy = functools.partial(jax.tree.map, jnp.copy)  # donated buffers must not be shared
+    opts = policy_adam.init(theta), critic_adam.init(critics)
+    zeros = jnp.zeros(()), jnp.zeros((), jnp.int32)
+    return State(theta, copy(theta), critics, copy(critics), *opts, *zeros)
+
+
+def noise_std(args, step):
+    """Std of the noise on actions after `step` updates, in half action ranges."""
+    return args.noise_start + (args.noise_end - args.noise_start) * step / args.num_updates
+
+
+def best(q, a0):
+    """The sample of largest value: q [B, N], a0 [B, N, d] -> [B, d]."""
+    index = jnp.argmax(q, axis=-1)[:, None, None]
+    return jnp.take_along_axis(a0, index, axis=1)[:, 0]
+
+
+def perturb(std, a0, key):
+    return jnp.clip(a0 + std * jax.random.normal(key, a0.shape), -1, 1)
+
+
+def critic_loss(critics, obs, act, target):
+    """Mean squared error of both critics: obs [B, o], act [B, d], target [B]."""
+    q = q_values(critics, obs, act[:, None])[..., 0]
+    return jnp.mean((q - target[None]) ** 2, axis=-1).sum(), q
+
+
+def matching_loss(theta, args, obs, a0, w, key):
+    """Reweighted matching, eq. (7): obs [B, o], a0 [B, N, d], w [B, N]; t uniform on 1..T."""
+    k_t, k_noise = jax.random.split(key)
+    schedule = cosine_schedule(args.sampling_steps)
+    t = jax.random.randint(k_t, w.shape, 0, args.sampling_steps)
+    alpha, sigma = (jnp.asarray(x)[t][..., None] for x in (schedule.alpha, schedule.sigma))
+    noise = jax.random.normal(k_noise, a0.shape)
+    vel = velocity(theta, obs, args.sampling_steps)(alpha * a0 + sigma * noise, t)
+    return jnp.mean(w * jnp.sum((vel - (alpha * noise - sigma * a0)) ** 2, axis=-1))
+
+
+POLICY_METRICS = ("w_max", "w_negative", "ess", "kl", "policy_loss", "policy_grad_norm", "lam")
+
+
+def update_policy(args, state, obs, a0, key):
+    """Algorithm 1 at the states obs [B, o] with samples a0 [B, N, d]: weights, lam, matching."""
+    k_noise, k_loss = jax.random.split(key)
+    if args.train_noise:
+        a0 = perturb(noise_std(args, state.step), a0, k_noise)
+    q = q_values(state.critics, obs, a0).min(axis=0)
+    w = weights(args, q, jnp.exp(state.log_lam))
+    log_lam, kl = update_lam(state.log_lam, q, args.eps_kl, args.lam_lr)
+    loss, grads = jax.value_and_grad(matching_loss)(state.theta, args, obs, a0, w, k_loss)
+    updates, theta_opt = optimisers(args)[0].update(grads, state.theta_opt)
+    theta = optax.apply_updates(state.theta, updates)
+    theta_target = optax.incremental_update(theta, state.theta_target, args.policy_tau)
+    ess = jnp.mean(jnp.sum(jnp.abs(w), axis=-1) ** 2 / jnp.sum(w**2, axis=-1))
+    values = (w.max(), jnp.mean(w < 0), ess, kl, loss, optax.tree.norm(grads), jnp.exp(log_lam))
+    metrics = dict(zip(POLICY_METRICS, values, strict=True))
+    new = {"theta": theta, "theta_target": theta_target, "theta_opt": theta_opt}
+    return state._replace(**new, log_lam=log_lam), metrics
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def update(args, state, batch, key):
+    """One update of the critics and, every policy_delay, of the policy and lam.
+
+    batch [B, 2 o + d + 2] holds rows of the replay. -> state, metrics {name: scalar}; the metrics
+    of the policy are 0 on updates that leave it out.
+    """
+    d = state.theta["net"][-1]["b"].shape[0]
+    o = (batch.shape[-1] - d - 2) // 2
+    obs, next_obs, act, tail = jnp.split(batch, [o, 2 * o, 2 * o + d], axis=-1)
+    reward, terminated = tail[:, 0] * args.reward_scale, tail[:, 1]
+    k_sample, k_target, k_policy = jax.random.split(jax.random.fold_in(key, state.step), 3)
+
+    a0 = sample_actions(args, state.theta_target, next_obs, k_sample)
+    if args.target_best:
+        q_online = q_values(state.critics, next_obs, a0).min(axis=0)
+        next_act = best(q_online, a0)[:, None]
+    else:
+        next_act = a0
+    next_act = perturb(noise_std(args, state.step), next_act, k_target)
+    next_q = q_values(state.critics_target, next_obs, next_act).min(axis=0).mean(axis=-1)
+    target = reward + args.gamma * (1 - terminated) * next_q
+    (loss, q), grads = jax.value_and_grad(critic_loss, has_aux=True)(
+        state.critics, obs, act, target
+    )
+    updates, critics_opt = optimisers(args)[1].update(grads, state.critics_opt)
+    critics = optax.apply_updates(state.critics, updates)
+    critics_target = optax.incremental_update(critics, state.critics_target, args.tau)
+    state = state._replace(critics_opt=critics_opt, critics=critics, critics_target=critics_target)
+
+    refit = functools.partial(update_policy, args, obs=next_obs, a0=a0, key=k_policy)
+    skip = lambda state: (state, dict.fromkeys(POLICY_METRICS, jnp.zeros(())))  # noqa: E731
+    state, policy_metrics = jax.lax.cond(
+        state.step % args.policy_delay == 0, lambda state: refit(state=state), skip, state
+    )
+    metrics = {
+        "q_target": target.mean(),
+        "q": q.mean(),
+        "critic_loss": loss,
+        "critic_grad_norm": optax.tree.norm(grads),
+        "spread": jnp.mean(jnp.std(a0, axis=1)),
+        "noise": noise_std(args, state.step),
+        **policy_metrics,
+    }
+    return state._replace(step=state.step + 1), metrics
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def act(args, explore, state, obs, key, step):
+    """Best of N samples by the smaller critic, with noise if `explore`: obs [E, o] -> [E, d].
+
+    `step` makes a fresh key of `key`; params come as an argument, so nothing is retraced.
+    """
+    k_sample, k_noise = jax.random.split(jax.random.fold_in(key, step))
+    a0 = sample_actions(args, state.theta_target, obs, k_sample)
+    a0 = best(q_values(state.critics, obs, a0).min(axis=0), a0)
+    return perturb(noise_std(args, state.step), a0, k_noise) if explore else a0
+
+
+# ---- replay and envs --------------------------------------------------------------------------
+
+
+class Replay:
+    """The last buffer_size transitions, rows [obs | next_obs | act | reward | terminated] float32
+    of one memory-mapped file, which takes disk and memory only for what was written.
+
+    The ring is two checkpoint intervals longer than buffer_size: what is written after a
+    checkpoint never hides a row that a run resumed from it, or from the one before, still samples.
+    """
+
+    def __init__(self, args, path, obs_dim, act_dim, written=0):
+        spare = 2 * (args.checkpoint_every + args.num_envs)
+        rows = min(args.buffer_size + spare, args.total_timesteps + args.num_envs)
+        shape = (rows, 2 * obs_dim + act_dim + 2)
+        if not written:
+            free = shutil.disk_usage(path.parent).free
+            if free < 4 * math.prod(shape):
+                need = f"--buffer-size needs {4 * math.prod(shape) / 1e9:.1f} GB"
+                raise UsageError(f"{need} in {path.parent}, {free / 1e9:.1f} GB are free")
+        elif not path.exists() or path.stat().st_size != 4 * math.prod(shape):
+            raise UsageError(f"--resume: {path} is missing or of another size than its checkpoint")
+        self.rows = np.memmap(path, np.float32, "r+" if written else "w+", shape=shape)
+        self.size_limit, self.written = args.buffer_size, written
+
+    def add(self, *columns):
+        """One transition per environment; columns [E, .] or [E]."""
+        columns = [x.reshape(len(columns[0]), -1) for x in columns]
+        index = (self.written + np.arange(len(columns[0]))) % len(self.rows)
+        self.rows[index] = np.concatenate(columns, axis=1)
+        self.written += len(index)
+
+    def sample(self, rng, batch_size):
+        """Uniform with replacement -> [B, 2 o + d + 2]."""
+        size = min(self.written, self.size_limit)
+        index = self.written - size + rng.integers(size, size=batch_size)
+        return self.rows[index % len(self.rows)]
+
+
+class Episodes(gym.Wrapper):
+    """Seeds each episode from (seed, index, number of the episode) and keeps its actions, so that
+    `restore` brings back physics, clocks, statistics and random streams by simulating again."""
+
+    def __init__(self, env, seed, index):
+        super().__init__(env)
+        self.seed, self.index, self.episode, self.actions = seed, index, -1, []
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, self.actions = self.episode + 1, []
+        words = np.random.SeedSequence([self.seed, self.index, self.episode]).generate_state(1)
+        return self.env.reset(seed=int(words[0]), options=options)
+
+    def step(self, action):
+        self.actions.append(np.array(action, np.float32))
+        return self.env.step(action)
+
+    def restore(self, episode, actions):
+        """Back to where `actions` [L, d] had led in that episode; returns the observation [o]."""
+        self.episode = episode - 1
+        obs, _ = self.reset()
+        for action in actions:
+            obs = self.step(action)[0]
+        return obs
+
+
+def make_env(args, index, seed, video_dir=None):
+    """One environment, a thunk for SyncVectorEnv; returns and lengths are in its final_info."""
+
+    def thunk():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is out of date.*")
+            if video_dir is None:
+                env = gym.make(args.env_id)
+            else:
+                env = gym.make(args.env_id, render_mode="rgb_array", width=240, height=240)
+                if hasattr(env.unwrapped, "model"):  # 20 times faster to render, same picture
+                    env.unwrapped.model.vis.quality.shadowsize = 0
+                    env.unwrapped.model.vis.quality.offsamples = 0
+                    env.unwrapped.model.mat_reflectance[:] = 0
+                env = gym.wrappers.RecordVideo(
+                    env,
+                    str(video_dir.parent),
+                    lambda episode: not episode,
+                    name_prefix=video_dir.name,
+                    disable_logger=True,
+                )
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        return Episodes(env, seed, index)
+
+    return thunk
+
+
+def make_envs(args, num_envs, seed, video=None):
+    """SyncVectorEnv whose done steps return the next episode's first observation; the true last
+    one is infos["final_obs"]."""
+    thunks = [make_env(args, i, seed, None if i else video) for i in range(num_envs)]
+    try:
+        envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        raise UsageError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
+    obs, action = envs.single_observation_space, envs.single_action_space
+    flat = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 for s in (obs, action))
+    if not flat or not np.issubdtype(action.dtype, np.floating) or not action.is_bounded():
+        rule = "observations must be a flat Box and actions a flat, bounded Box of floats"
+        raise UsageError(f"--env-id {args.env_id}: {rule}, got {obs} and {action}")
+    return envs
+
+
+def scale_action(envs, a0):
+    """From the policy's [-1, 1] to the environment's range (Humanoid: +-0.4), float32."""
+    low, high = envs.single_action_space.low, envs.single_action_space.high
+    return (low + (a0 + 1) / 2 * (high - low)).astype(np.float32)
+
+
+# ---- evaluate ---------------------------------------------------------------------------------
+
+
+def evaluate(args, state, key, step, video=None, stop=lambda: False):
+    """eval_episodes episodes at once, best of N without noise, the same ones at every call.
+
+    Returns rows [step, episode, return, length] as float64, or None if `stop()` turned true.
+    """
+    envs = make_envs(args, args.eval_episodes, EVAL_SEED, video)
+    obs, _ = envs.reset()
+    rows, t = {}, 0
+    while len(rows) < args.eval_episodes and not stop():
+        a0 = np.asarray(act(args, False, state, obs.astype(np.float32), key, np.int32(t)))
+        obs, _, _, _, infos = envs.step(scale_action(envs, a0))
+        for i in np.flatnonzero(infos.get("_final_info", [])):
+            stats = infos["final_info"]["episode"]
+            rows.setdefault(i, (step, i, stats["r"][i], stats["l"][i]))
+        t += 1
+    envs.close()
+    if len(rows) < args.eval_episodes:
+        return None
+    return np.array([rows[i] for i in range(args.eval_episodes)], np.float64)
+
+
+# ---- checkpoint and log -----------------------------------------------------------------------
+
+
+def named_leaves(state):
+    """{path: leaf} of a pytree, the names of a checkpoint's arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {"state" + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def save_checkpoint(run_dir, args, state, envs, evals, meta, name="checkpoint"):
+    """Writes {name}.npz, arrays only, and keeps the one before it as {name}.previous.npz.
+
+    evals [rows, 4]; meta is anything JSON can hold. Atomic: a kill leaves one of the two whole.
+    """
+    envs = envs.envs
+    actions = [np.reshape(e.actions, (-1, *e.action_space.shape)) for e in envs]
+    meta = json.dumps({"script": SCRIPT, "args": dataclasses.asdict(args), **meta})
+    arrays = {
+        **jax.device_get(named_leaves(state)),
+        "envs.episode": np.array([e.episode for e in envs]),
+        "envs.length": np.array([len(e.actions) for e in envs]),
+        "envs.actions": np.concatenate(actions).astype(np.float32),
+        "evals": evals,
+        "meta": np.frombuffer(meta.encode(), np.uint8),
+    }
+    path, temporary = run_dir / f"{name}.npz", run_dir / f"{name}.tmp"
+    with temporary.open("wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        path.replace(run_dir / f"{name}.previous.npz")
+    temporary.replace(path)
+
+
+def read_checkpoint(path, args):
+    """Arrays and meta of one checkpoint file; UsageError if it is broken or another run's."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        meta = json.loads(arrays.pop("meta").tobytes())
+        saved = meta["args"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{path} is not a whole checkpoint of {SCRIPT} ({reason})") from None
+    if meta["script"] != SCRIPT or saved != dataclasses.asdict(args):
+        raise UsageError(f"{path} was written by {meta['script']} with other arguments")
+    return arrays, meta
+
+
+def load_checkpoint(run_dir, args):
+    """The newest whole checkpoint of a run -> arrays, meta."""
+    if not run_dir.is_dir():
+        raise UsageError(f"no run folder at {run_dir}")
+    try:
+        return read_checkpoint(run_dir / "checkpoint.npz", args)
+    except UsageError as error:
+        if not (run_dir / "checkpoint.previous.npz").exists():
+            raise
+        print(f"warning: {error}; falling back to checkpoint.previous.npz", file=sys.stderr)
+        return read_checkpoint(run_dir / "checkpoint.previous.npz", args)
+
+
+def restore_state(template, arrays):
+    """The arrays of a checkpoint in the tree of `template`."""
+    names = named_leaves(template)
+    wrong = [n for n, x in names.items() if n not in arrays or arrays[n].shape != x.shape]
+    if wrong:
+        raise UsageError(f"the checkpoint does not fit this script: {wrong[0]}")
+    return jax.tree.unflatten(jax.tree.structure(template), [arrays[n] for n in names])
+
+
+def write_evals(run_dir, evals):
+    """eval.csv, rewritten whole: a row per evaluation episode."""
+    lines = ["step,episode,return,length"]
+    lines += [f"{int(s)},{int(i)},{r:.6f},{int(n)}" for s, i, r, n in evals]
+    temporary = run_dir / "eval.csv.tmp"
+    temporary.write_text("\n".join(lines) + "\n")
+    temporary.replace(run_dir / "eval.csv")
+
+
+def create_run_dir(args):
+    """Makes the run folder with args.json and versions.json; refuses one that is in use."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{args.env_id.replace('/', '_').replace(':', '_')}__{SCRIPT}__{args.seed}__{stamp}"
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        used = any(run_dir.iterdir())
+        if not used:
+            (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+    except OSError as error:
+        raise UsageError(f"--run-dir {run_dir}: {error.strerror}") from None
+    if used:
+        raise UsageError(f"--run-dir {run_dir} is not empty; --resume {run_dir} goes on with a run")
+    packages = ("jax", "jaxlib", "optax", "numpy", "gymnasium", "mujoco")
+    versions = {p: version(p) for p in packages} | {"python": platform.python_version()}
+    (run_dir / "versions.json").write_text(json.dumps(versions, indent=2))
+    return run_dir
+
+
+def open_log(args, run_dir, step):
+    """TensorBoard writer of the run, mirrored to Weights & Biases with --track."""
+    if args.track:
+        import wandb
+
+        wandb.init(project="simpo", name=run_dir.name, config=vars(args), sync_tensorboard=True)
+    return SummaryWriter(str(run_dir), purge_step=step)
+
+
+def check_metrics(metrics):
+    """The first quantity that shows the run has diverged, in the order of computation, or None."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            return f"{name} is {value}"
+        if name.endswith("grad_norm") and value > GRAD_NORM_LIMIT:
+            return f"{name} is {value:.3g}, above {GRAD_NORM_LIMIT:.0g}"
+    return None
+
+
+# ---- main -------------------------------------------------------------------------------------
+
+
+def saved_args(run_dir, flag):
+    """The arguments of a run folder."""
+    try:
+        return Args(**json.loads((Path(run_dir) / "args.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{flag} {run_dir}: no readable args.json there ({reason})") from None
+
+
+def parse_args():
+    """-> args, mode "train", "resume" or "evaluate", run folder or None, and that run's own args.
+
+    --resume and --evaluate take every argument from the run folder; a flag beside them may only
+    repeat it, but for what an evaluation is free to choose.
+    """
+    flags = functools.partial(tyro.cli, Args, config=(tyro.conf.FlagCreatePairsOff,))
+    args = flags()
+    if args.track and not find_spec("wandb"):
+        raise UsageError("--track needs Weights & Biases: pip install wandb")
+    if not (args.resume or args.evaluate):
+        return args, "train", None, None
+    mode, run_dir = ("resume", args.resume) if args.resume else ("evaluate", args.evaluate)
+    saved = saved_args(run_dir, f"--{mode}")
+    args = dataclasses.replace(flags(default=saved), **{mode: None})
+    free = () if mode == "resume" else ("eval_episodes", "capture_video")
+    for field in dataclasses.fields(Args):
+        value, old = getattr(args, field.name), getattr(saved, field.name)
+        if value != old and field.name not in free:
+            name = field.name.replace("_", "-")
+            raise UsageError(f"--{name} {value} differs from {old} in {run_dir}")
+    return args, mode, Path(run_dir), saved
+
+
+def shardings(args):
+    """The devices that share a batch -> sharding of replicated arrays, of arrays split on axis 0."""
+    devices = jax.devices()
+    count = args.num_devices
+    if count is None:
+        count = math.gcd(len(devices), args.batch_size) if devices[0].platform == "cpu" else 1
+    if count > len(devices) or args.batch_size % count:
+        rule = f"at most the {len(devices)} there are and divide --batch-size {args.batch_size}"
+        raise UsageError(f"--num-devices must be {rule}, got {count}")
+    mesh = jax.sharding.Mesh(np.array(devices[:count]), ("batch",))
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
+
+
+def watch_signals():
+    """SIGINT and SIGTERM only note themselves; a second one ends the program at once."""
+    received = []
+
+    def note(signum, _):
+        if received:
+            raise SystemExit(128 + signum)
+        received.append(signum)
+        print(f"\n{signal.Signals(signum).name}: saving a checkpoint", file=sys.stderr, flush=True)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, note)
+    return received
+
+
+def evaluate_run(args, run_dir, saved):
+    """--evaluate: prints the returns of the run's newest checkpoint."""
+    envs = make_envs(args, 1, args.seed)
+    o, d = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    arrays, meta = load_checkpoint(run_dir, saved)
+    k_init, _, _, k_eval = jax.random.split(jax.random.key(args.seed), 4)
+    state = restore_state(init_state(args, o, d, k_init), arrays)
+    video = run_dir / "videos" / f"evaluate-{meta['step']}" if args.capture_video else None
+    rows = evaluate(args, state, k_eval, meta["step"], video)
+    for _, episode, ret, length in rows:
+        print(f"episode {int(episode):2d}  return {ret:10.2f}  length {int(length)}")
+    print(f"step {meta['step']}: return {rows[:, 2].mean():.2f} +- {rows[:, 2].std():.2f} (std)")
+
+
+def train(args, resume=None):
+    """Trains one run, or goes on with the one in the folder `resume`; returns the exit code."""
+    envs = make_envs(args, args.num_envs, args.seed)
+    o, d = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    replicated, split = shardings(args)
+    keys = jax.device_put(jax.random.split(jax.random.key(args.seed), 4), replicated)
+    k_init, k_act, k_update, k_eval = keys
+    state, step, evals = init_state(args, o, d, k_init), 0, np.zeros((0, 4))
+    rng = np.random.default_rng(args.seed)
+    if resume is None:
+        run_dir, obs = create_run_dir(args), envs.reset()[0]
+    else:
+        run_dir, (arrays, meta) = resume, load_checkpoint(resume, args)
+        state, step, evals = restore_state(state, arrays), meta["step"], arrays["evals"]
+        if step >= args.total_timesteps:
+            print(f"{run_dir} is complete at step {step}")
+            return 0
+        rng.bit_generator.state = meta["rng"]
+        ends = np.cumsum(arrays["envs.length"])[:-1]
+        actions = np.split(arrays["envs.actions"], ends)
+        obs = np.stack(
+            [
+                e.restore(*x)
+                for e, *x in zip(envs.envs, arrays["envs.episode"].tolist(), actions, strict=True)
+            ]
+        )
+    replay = Replay(args, run_dir / "replay.dat", o, d, written=step)
+    state = jax.device_put(state, replicated)
+    log, stop, returns = open_log(args, run_dir, step), watch_signals(), deque(maxlen=20)
+
+    counts = [sum(x.size for x in jax.tree.leaves(n)) for n in (state.theta, state.critics)]
+    place = f"{replicated.num_devices} x {jax.devices()[0].device_kind}"
+    print(
+        f"run folder {run_dir}\ndevice {place}; {counts[0]:,} policy, {counts[1]:,} critic weights"
+    )
+    start = time.perf_counter()  # compile on copies, apart from the training time
+    copy, rows = (
+        jax.tree.map(jnp.copy, state),
+        np.zeros((args.batch_size, replay.rows.shape[1]), np.float32),
+    )
+    np.asarray(act(args, True, copy, obs.astype(np.float32), k_act, np.int32(0)))
+    jax.block_until_ready(update(args, copy, jax.device_put(rows, split), k_update))
+    print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
+
+    def save(name="checkpoint"):
+        replay.rows.flush()
+        meta = {"step": step, "rng": rng.bit_generator.state}
+        save_checkpoint(run_dir, args, state, envs, evals, meta, name)
+
+    def due(every):
+        return step and (step >= args.total_timesteps or every and step % every < args.num_envs)
+
+    start, first, updates = time.perf_counter(), step, int(state.step)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
+    while True:
+        if due(args.eval_every) and step not in evals[:, 0]:
+            paused = time.perf_counter()
+            video = run_dir / "videos" / f"step-{step}" if args.capture_video else None
+            rows = evaluate(args, state, k_eval, step, video, stop=lambda: stop)
+            if rows is not None:
+                evals = np.concatenate([evals, rows])
+                write_evals(run_dir, evals)
+                mean, std = rows[:, 2].mean(), rows[:, 2].std()
+                log.add_scalar("charts/eval_return", mean, step)
+                bar.write(f"step {step}: evaluation return {mean:.1f} +- {std:.1f} (std)")
+            start += time.perf_counter() - paused
+        if stop or due(args.checkpoint_every):
+            save()
+        if stop or step >= args.total_timesteps:
+            break
+
+        if step < args.learning_starts:
+            a0 = rng.uniform(-1, 1, (args.num_envs, d)).astype(np.float32)
+        else:
+            a0 = np.asarray(act(args, True, state, obs.astype(np.float32), k_act, np.int32(step)))
+        next_obs, reward, terminated, truncated, infos = envs.step(scale_action(envs, a0))
+        true_next = next_obs.copy()
+        for i in np.flatnonzero(terminated | truncated):
+            true_next[i] = infos["final_obs"][i]
+            stats = infos["final_info"]["episode"]
+            returns.append(stats["r"][i])
+            log.add_scalar("charts/episodic_return", stats["r"][i], step)
+            log.add_scalar("charts/episodic_length", stats["l"][i], step)
+        for name, x in (("reward", reward), ("observation", true_next)):
+            bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))
+            if len(bad):
+                raise Diverged(f"{name} of environment {bad[0]} is not finite at step {step}")
+        replay.add(obs, true_next, a0, reward, terminated)
+        obs, step = next_obs, step + args.num_envs
+        bar.update(args.num_envs)
+        if step > args.learning_starts:
+            batch = jax.device_put(replay.sample(rng, args.batch_size), split)
+            state, metrics = update(args, state, batch, k_update)
+            updates += 1
+            if updates % (LOG_EVERY * args.policy_delay) == 1:
+                metrics = {name: float(x) for name, x in metrics.items()}
+                sps = (step - first) / (time.perf_counter() - start)
+                log.add_scalar("charts/SPS", sps, step)
+                for name, x in metrics.items():
+                    log.add_scalar(f"losses/{name}", x, step)
+                bar.set_postfix({"return": f"{np.mean(returns):.0f}", "SPS": f"{sps:.0f}"})
+                trouble = check_metrics(metrics)
+                if trouble:
+                    save("diverged")
+                    raise Diverged(f"{trouble} at step {step}; state saved as diverged.npz")
+    bar.close()
+    log.close()
+    if stop:
+        print(f"stopped at step {step}; --resume {run_dir} goes on", file=sys.stderr)
+        return 128 + stop[0]
+    (run_dir / "replay.dat").unlink()
+    return 0
+
+
+def main():
+    try:
+        args, mode, run_dir, saved = parse_args()
+        if mode == "evaluate":
+            return evaluate_run(args, run_dir, saved)
+        return train(args, run_dir)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -152,46 +152,47 @@ class Args:
     """H, units of each of the 3 hidden layers of every network"""
 
     def __post_init__(self):
-        def need(ok, flag, rule):
-            if not ok:
-                value = getattr(self, flag.replace("-", "_"))
-                raise UsageError(f"--{flag} must be {rule}, got {value}")
-
-        for field in dataclasses.fields(self):
-            if field.type is float:
-                value = getattr(self, field.name)
-                need(math.isfinite(value), field.name.replace("_", "-"), "finite")
-        for flag in (
-            *("total-timesteps", "num-envs", "buffer-size", "batch-size", "sampling-steps"),
-            *("eval-episodes", "policy-delay", "hidden-dim"),
+        inf, tiny = math.inf, 1e-12
+        for low, high, names in (
+            (1, inf, "total_timesteps num_envs buffer_size batch_size eval_episodes policy_delay"),
+            (1, inf, "hidden_dim sampling_steps"),
+            (2, inf, "num_samples"),
+            (0, inf, "seed eval_every checkpoint_every learning_starts noise_start noise_end"),
+            (tiny, inf, "lam_lr policy_lr critic_lr reward_scale"),
+            (0, 1, "gamma"),
+            (tiny, 1, "tau policy_tau"),
+            (-inf, 0, "neg_clip"),
+            (0, self.policy_lr, "policy_lr_end"),
         ):
-            need(getattr(self, flag.replace("-", "_")) >= 1, flag, "at least 1")
-        for flag in ("seed", "eval-every", "checkpoint-every", "noise-start", "noise-end"):
-            need(getattr(self, flag.replace("-", "_")) >= 0, flag, "at least 0")
-        for flag in ("lam-lr", "policy-lr", "critic-lr", "reward-scale"):
-            need(getattr(self, flag.replace("-", "_")) > 0, flag, "above 0")
-        for flag in ("tau", "policy-tau"):
-            need(0 < getattr(self, flag.replace("-", "_")) <= 1, flag, "in (0, 1]")
-        need(0 <= self.gamma <= 1, "gamma", "in [0, 1]")
-        need(0 <= self.policy_lr_end <= self.policy_lr, "policy-lr-end", "in [0, policy-lr]")
-        need(self.num_samples >= 2, "num-samples", "at least 2: weights compare samples")
-        limit = math.log(self.num_samples)
-        rule = f"in (0, log N) = (0, {limit:.2f}) for --num-samples {self.num_samples}"
-        need(0 < self.eps_kl < limit, "eps-kl", rule)
-        need(self.neg_clip <= 0, "neg-clip", "at most 0")
-        clipped = self.weighting in ("linear", "square", "power")
-        rule = f"0 with --weighting {self.weighting}, which has no clip"
-        need(clipped or self.neg_clip == 0, "neg-clip", rule)
-        if self.weighting == "power":
-            need(self.power is not None and self.power > 0, "power", "above 0")
-        else:
-            need(self.power is None, "power", f"left out with --weighting {self.weighting}")
-        rule = f"at least --batch-size {self.batch_size}"
-        need(self.learning_starts >= self.batch_size, "learning-starts", rule)
-        need(self.buffer_size >= self.batch_size, "buffer-size", rule)
-        rule = f"above --learning-starts {self.learning_starts}, or nothing is trained"
-        need(self.total_timesteps > self.learning_starts, "total-timesteps", rule)
-        need(self.num_devices is None or self.num_devices >= 1, "num-devices", "at least 1")
+            for name in names.split():
+                value = getattr(self, name)
+                if not low <= value <= high or math.isinf(value):
+                    low = "above 0" if low == tiny else f"at least {low:g}"
+                    flag = "--" + name.replace("_", "-")
+                    raise UsageError(f"{flag} must be {low} and at most {high:g}, got {value}")
+        log_n, clipped = math.log(self.num_samples), ("linear", "square", "power")
+        for ok, rule in (
+            (0 < self.eps_kl < log_n, f"--eps-kl must be above 0 and below log N = {log_n:.3f}"),
+            (
+                self.neg_clip == 0 or self.weighting in clipped,
+                f"--neg-clip has no meaning with --weighting {self.weighting}",
+            ),
+            (
+                (self.power is not None) == (self.weighting == "power"),
+                "--power goes with --weighting power, and the other way round",
+            ),
+            (self.power is None or 0 < self.power < inf, "--power must be above 0"),
+            (self.num_devices is None or self.num_devices > 0, "--num-devices must be at least 1"),
+            (self.batch_size <= self.learning_starts, "--batch-size is above --learning-starts"),
+            (self.batch_size <= self.buffer_size, "--batch-size is above --buffer-size"),
+            (
+                self.learning_starts < self.total_timesteps,
+                f"--learning-starts {self.learning_starts} leaves nothing of --total-timesteps",
+            ),
+            (not (self.resume and self.evaluate), "--resume and --evaluate exclude each other"),
+        ):
+            if not ok:
+                raise UsageError(rule)
 
     @property
     def num_updates(self):
@@ -484,40 +485,36 @@ def act(args, explore, state, obs, key, step):
 # ---- replay and envs --------------------------------------------------------------------------
 
 
+def replay_shape(args, obs_dim, act_dim):
+    """Shape of `Replay.rows`; the spare rows are those written in two checkpoint intervals."""
+    rows = args.buffer_size + 2 * (args.checkpoint_every + args.num_envs)
+    return min(rows, args.total_timesteps + args.num_envs), 2 * obs_dim + act_dim + 2
+
+
 class Replay:
-    """The last buffer_size transitions, rows [obs | next_obs | act | reward | terminated] float32
+    """The last buffer_size transitions, float32 rows [obs | next_obs | act | reward | terminated]
     of one memory-mapped file, which takes disk and memory only for what was written.
 
-    The ring is two checkpoint intervals longer than buffer_size: what is written after a
-    checkpoint never hides a row that a run resumed from it, or from the one before, still samples.
+    The ring is longer than buffer_size (`limit`): what is written after a checkpoint never hides a
+    row that a run resumed from it, or from the one before it, still samples.
     """
 
-    def __init__(self, args, path, obs_dim, act_dim, written=0):
-        spare = 2 * (args.checkpoint_every + args.num_envs)
-        rows = min(args.buffer_size + spare, args.total_timesteps + args.num_envs)
-        shape = (rows, 2 * obs_dim + act_dim + 2)
-        if not written:
-            free = shutil.disk_usage(path.parent).free
-            if free < 4 * math.prod(shape):
-                need = f"--buffer-size needs {4 * math.prod(shape) / 1e9:.1f} GB"
-                raise UsageError(f"{need} in {path.parent}, {free / 1e9:.1f} GB are free")
-        elif not path.exists() or path.stat().st_size != 4 * math.prod(shape):
-            raise UsageError(f"--resume: {path} is missing or of another size than its checkpoint")
+    def __init__(self, path, shape, limit, written=0):
+        if written and (not path.exists() or path.stat().st_size != 4 * math.prod(shape)):
+            raise UsageError(f"--resume: {path} is missing or does not fit the checkpoint")
         self.rows = np.memmap(path, np.float32, "r+" if written else "w+", shape=shape)
-        self.size_limit, self.written = args.buffer_size, written
+        self.limit, self.written = limit, written
 
     def add(self, *columns):
-        """One transition per environment; columns [E, .] or [E]."""
-        columns = [x.reshape(len(columns[0]), -1) for x in columns]
-        index = (self.written + np.arange(len(columns[0]))) % len(self.rows)
-        self.rows[index] = np.concatenate(columns, axis=1)
-        self.written += len(index)
+        """One transition for each environment; columns are [E, .] or [E]."""
+        rows = np.concatenate([x.reshape(len(x), -1) for x in columns], axis=1)
+        self.rows[(self.written + np.arange(len(rows))) % len(self.rows)] = rows
+        self.written += len(rows)
 
     def sample(self, rng, batch_size):
         """Uniform with replacement -> [B, 2 o + d + 2]."""
-        size = min(self.written, self.size_limit)
-        index = self.written - size + rng.integers(size, size=batch_size)
-        return self.rows[index % len(self.rows)]
+        size = min(self.written, self.limit)
+        return self.rows[(self.written - 1 - rng.integers(size, size=batch_size)) % len(self.rows)]
 
 
 class Episodes(gym.Wrapper):
@@ -539,53 +536,45 @@ class Episodes(gym.Wrapper):
 
     def restore(self, episode, actions):
         """Back to where `actions` [L, d] had led in that episode; returns the observation [o]."""
-        self.episode = episode - 1
+        self.episode = int(episode) - 1
         obs, _ = self.reset()
         for action in actions:
             obs = self.step(action)[0]
         return obs
 
 
-def make_env(args, index, seed, video_dir=None):
-    """One environment, a thunk for SyncVectorEnv; returns and lengths are in its final_info."""
-
-    def thunk():
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*is out of date.*")
-            if video_dir is None:
-                env = gym.make(args.env_id)
-            else:
-                env = gym.make(args.env_id, render_mode="rgb_array", width=240, height=240)
-                if hasattr(env.unwrapped, "model"):  # 20 times faster to render, same picture
-                    env.unwrapped.model.vis.quality.shadowsize = 0
-                    env.unwrapped.model.vis.quality.offsamples = 0
-                    env.unwrapped.model.mat_reflectance[:] = 0
-                env = gym.wrappers.RecordVideo(
-                    env,
-                    str(video_dir.parent),
-                    lambda episode: not episode,
-                    name_prefix=video_dir.name,
-                    disable_logger=True,
-                )
-        env = gym.wrappers.RecordEpisodeStatistics(env)
-        return Episodes(env, seed, index)
-
-    return thunk
+def make_env(args, index, seed, video):
+    """One environment for `make_envs`; its episodes are filmed to the path `video`, unless None."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is out of date.*")  # v4, not v5, is the paper's
+        if video is None:
+            env = gym.make(args.env_id)
+        else:
+            env = gym.make(args.env_id, render_mode="rgb_array", width=240, height=240)
+    if video is not None:
+        if hasattr(env.unwrapped, "model"):  # without shadows, 20 times faster in software
+            quality, env.unwrapped.model.mat_reflectance[:] = env.unwrapped.model.vis.quality, 0
+            quality.shadowsize, quality.offsamples = 0, 0
+        folder, first = str(video.parent), lambda episode: episode == 0
+        env = gym.wrappers.RecordVideo(env, folder, first, name_prefix=video.name)
+    return Episodes(gym.wrappers.RecordEpisodeStatistics(env), seed, index)
 
 
 def make_envs(args, num_envs, seed, video=None):
-    """SyncVectorEnv whose done steps return the next episode's first observation; the true last
-    one is infos["final_obs"]."""
-    thunks = [make_env(args, i, seed, None if i else video) for i in range(num_envs)]
+    """Vector of environments, the first one filmed. A done step returns the next episode's first
+    observation; the last one is infos["final_obs"], statistics are in infos["final_info"]."""
+    thunks = [
+        functools.partial(make_env, args, i, seed, None if i else video) for i in range(num_envs)
+    ]
     try:
         envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except (gym.error.Error, ImportError) as error:
         raise UsageError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
-    obs, action = envs.single_observation_space, envs.single_action_space
-    flat = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 for s in (obs, action))
-    if not flat or not np.issubdtype(action.dtype, np.floating) or not action.is_bounded():
-        rule = "observations must be a flat Box and actions a flat, bounded Box of floats"
-        raise UsageError(f"--env-id {args.env_id}: {rule}, got {obs} and {action}")
+    obs, act = envs.single_observation_space, envs.single_action_space
+    flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs, act))
+    if not (flat and np.issubdtype(act.dtype, np.floating) and act.is_bounded()):
+        rule = "only flat Box observations and flat, bounded, real Box actions are supported"
+        raise UsageError(f"--env-id {args.env_id}: {rule}, not {obs} and {act}")
     return envs
 
 
@@ -598,161 +587,136 @@ def scale_action(envs, a0):
 # ---- evaluate ---------------------------------------------------------------------------------
 
 
-def evaluate(args, state, key, step, video=None, stop=lambda: False):
+def evaluate(args, state, key, step, run_dir, stop=()):
     """eval_episodes episodes at once, best of N without noise, the same ones at every call.
 
-    Returns rows [step, episode, return, length] as float64, or None if `stop()` turned true.
+    -> [eval_episodes, 4] of step, episode, return, length; None once `stop` is not empty.
     """
+    video = run_dir / "videos" / f"step-{step}" if args.capture_video else None
     envs = make_envs(args, args.eval_episodes, EVAL_SEED, video)
-    obs, _ = envs.reset()
-    rows, t = {}, 0
-    while len(rows) < args.eval_episodes and not stop():
-        a0 = np.asarray(act(args, False, state, obs.astype(np.float32), key, np.int32(t)))
-        obs, _, _, _, infos = envs.step(scale_action(envs, a0))
-        for i in np.flatnonzero(infos.get("_final_info", [])):
+    (obs, _), rows, t = envs.reset(), {}, 0
+    while len(rows) < args.eval_episodes and not stop:
+        a0 = act(args, False, state, obs.astype(np.float32), key, np.int32(t))
+        obs, _, _, _, infos = envs.step(scale_action(envs, np.asarray(a0)))
+        for i in np.flatnonzero(infos.get("_final_info", ())):
             stats = infos["final_info"]["episode"]
             rows.setdefault(i, (step, i, stats["r"][i], stats["l"][i]))
         t += 1
     envs.close()
-    if len(rows) < args.eval_episodes:
-        return None
-    return np.array([rows[i] for i in range(args.eval_episodes)], np.float64)
+    return None if stop else np.array([rows[i] for i in sorted(rows)], np.float64)
 
 
 # ---- checkpoint and log -----------------------------------------------------------------------
 
 
 def named_leaves(state):
-    """{path: leaf} of a pytree, the names of a checkpoint's arrays."""
+    """{name: array} of a pytree, as a checkpoint stores it."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {"state" + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def save_checkpoint(run_dir, args, state, envs, evals, meta, name="checkpoint"):
-    """Writes {name}.npz, arrays only, and keeps the one before it as {name}.previous.npz.
+def save_checkpoint(path, args, state, envs, evals, meta):
+    """Writes arrays only, atomically, and keeps the file it replaces as {stem}.previous.npz.
 
-    evals [rows, 4]; meta is anything JSON can hold. Atomic: a kill leaves one of the two whole.
+    The environments are stored as episode numbers and actions; meta is what JSON can hold.
     """
-    envs = envs.envs
-    actions = [np.reshape(e.actions, (-1, *e.action_space.shape)) for e in envs]
     meta = json.dumps({"script": SCRIPT, "args": dataclasses.asdict(args), **meta})
-    arrays = {
-        **jax.device_get(named_leaves(state)),
-        "envs.episode": np.array([e.episode for e in envs]),
-        "envs.length": np.array([len(e.actions) for e in envs]),
-        "envs.actions": np.concatenate(actions).astype(np.float32),
+    arrays = jax.device_get(named_leaves(state)) | {
+        "envs.episode": np.array([e.episode for e in envs.envs]),
+        "envs.length": np.array([len(e.actions) for e in envs.envs]),
+        "envs.actions": np.array([a for e in envs.envs for a in e.actions], np.float32),
         "evals": evals,
         "meta": np.frombuffer(meta.encode(), np.uint8),
     }
-    path, temporary = run_dir / f"{name}.npz", run_dir / f"{name}.tmp"
-    with temporary.open("wb") as file:
+    with path.with_suffix(".tmp").open("wb") as file:
         np.savez(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
     if path.exists():
-        path.replace(run_dir / f"{name}.previous.npz")
-    temporary.replace(path)
+        path.replace(path.with_suffix(".previous.npz"))
+    path.with_suffix(".tmp").replace(path)
 
 
-def read_checkpoint(path, args):
-    """Arrays and meta of one checkpoint file; UsageError if it is broken or another run's."""
+def load_checkpoint(path, args, template):
+    """-> state in the tree of `template`, arrays, meta; falls back to the file before this one.
+
+    UsageError if there is none, or none is whole and of this script and these arguments.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        meta = json.loads(arrays.pop("meta").tobytes())
-        saved = meta["args"]
+        meta = json.loads(arrays["meta"].tobytes())
+        if (meta["script"], meta["args"]) != (SCRIPT, dataclasses.asdict(args)):
+            raise ValueError("written by another script or with other arguments")
+        names = named_leaves(template)
+        if any(arrays[name].shape != x.shape for name, x in names.items()):
+            raise ValueError("networks of other sizes")
+        leaves = [arrays[name] for name in names]
+        return jax.tree.unflatten(jax.tree.structure(template), leaves), arrays, meta
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{path} is not a whole checkpoint of {SCRIPT} ({reason})") from None
-    if meta["script"] != SCRIPT or saved != dataclasses.asdict(args):
-        raise UsageError(f"{path} was written by {meta['script']} with other arguments")
-    return arrays, meta
+        reason = f"no usable checkpoint in {path}: {' '.join(str(error).split())}"
+    previous = path.with_suffix(".previous.npz")
+    if not previous.exists():
+        raise UsageError(reason)
+    print(f"warning: {reason}; trying {previous}", file=sys.stderr)
+    return load_checkpoint(previous, args, template)
 
 
-def load_checkpoint(run_dir, args):
-    """The newest whole checkpoint of a run -> arrays, meta."""
-    if not run_dir.is_dir():
-        raise UsageError(f"no run folder at {run_dir}")
-    try:
-        return read_checkpoint(run_dir / "checkpoint.npz", args)
-    except UsageError as error:
-        if not (run_dir / "checkpoint.previous.npz").exists():
-            raise
-        print(f"warning: {error}; falling back to checkpoint.previous.npz", file=sys.stderr)
-        return read_checkpoint(run_dir / "checkpoint.previous.npz", args)
+def write_evals(path, evals):
+    """eval.csv, rewritten whole: a row for each evaluation episode."""
+    rows = [f"{int(s)},{int(i)},{r:.6f},{int(n)}\n" for s, i, r, n in evals]
+    path.with_suffix(".tmp").write_text("step,episode,return,length\n" + "".join(rows))
+    path.with_suffix(".tmp").replace(path)
 
 
-def restore_state(template, arrays):
-    """The arrays of a checkpoint in the tree of `template`."""
-    names = named_leaves(template)
-    wrong = [n for n, x in names.items() if n not in arrays or arrays[n].shape != x.shape]
-    if wrong:
-        raise UsageError(f"the checkpoint does not fit this script: {wrong[0]}")
-    return jax.tree.unflatten(jax.tree.structure(template), [arrays[n] for n in names])
-
-
-def write_evals(run_dir, evals):
-    """eval.csv, rewritten whole: a row per evaluation episode."""
-    lines = ["step,episode,return,length"]
-    lines += [f"{int(s)},{int(i)},{r:.6f},{int(n)}" for s, i, r, n in evals]
-    temporary = run_dir / "eval.csv.tmp"
-    temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(run_dir / "eval.csv")
-
-
-def create_run_dir(args):
+def create_run_dir(args, shape):
     """Makes the run folder with args.json and versions.json; refuses one that is in use."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{args.env_id.replace('/', '_').replace(':', '_')}__{SCRIPT}__{args.seed}__{stamp}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
+    name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
+    packages = ("jax", "jaxlib", "optax", "numpy", "gymnasium", "mujoco")
+    versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        used = any(run_dir.iterdir())
-        if not used:
-            (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        if any(run_dir.iterdir()):
+            raise UsageError(f"--run-dir {run_dir} is not empty; --resume goes on with a run")
+        size, free = 4 * math.prod(shape) / 1e9, shutil.disk_usage(run_dir).free / 1e9
+        if size > free:
+            run_dir.rmdir()
+            raise UsageError(f"--buffer-size takes {size:.1f} GB in --run-dir, {free:.1f} are free")
+        for file, content in (("args", dataclasses.asdict(args)), ("versions", versions)):
+            (run_dir / f"{file}.json").write_text(json.dumps(content, indent=2))
     except OSError as error:
         raise UsageError(f"--run-dir {run_dir}: {error.strerror}") from None
-    if used:
-        raise UsageError(f"--run-dir {run_dir} is not empty; --resume {run_dir} goes on with a run")
-    packages = ("jax", "jaxlib", "optax", "numpy", "gymnasium", "mujoco")
-    versions = {p: version(p) for p in packages} | {"python": platform.python_version()}
-    (run_dir / "versions.json").write_text(json.dumps(versions, indent=2))
     return run_dir
 
 
 def open_log(args, run_dir, step):
-    """TensorBoard writer of the run, mirrored to Weights & Biases with --track."""
+    """TensorBoard writer of a run, mirrored to Weights & Biases with --track."""
     if args.track:
         import wandb
 
         wandb.init(project="simpo", name=run_dir.name, config=vars(args), sync_tensorboard=True)
-    return SummaryWriter(str(run_dir), purge_step=step)
+    return SummaryWriter(str(run_dir), purge_step=step or None)
 
 
 def check_metrics(metrics):
-    """The first quantity that shows the run has diverged, in the order of computation, or None."""
+    """Raises Diverged with the first quantity, in order of computation, that shows it."""
     for name, value in metrics.items():
-        if not math.isfinite(value):
-            return f"{name} is {value}"
-        if name.endswith("grad_norm") and value > GRAD_NORM_LIMIT:
-            return f"{name} is {value:.3g}, above {GRAD_NORM_LIMIT:.0g}"
-    return None
+        if not math.isfinite(value) or name.endswith("grad_norm") and value > GRAD_NORM_LIMIT:
+            raise Diverged(f"{name} is {value:.3g}")
+
+
+def summary(rows):
+    """The returns of one evaluation [eval_episodes, 4] as text."""
+    mean, std = rows[:, 2].mean(), rows[:, 2].std()
+    return f"return {mean:.1f} +- {std:.1f} (std over {len(rows)} episodes)"
 
 
 # ---- main -------------------------------------------------------------------------------------
 
 
-def saved_args(run_dir, flag):
-    """The arguments of a run folder."""
-    try:
-        return Args(**json.loads((Path(run_dir) / "args.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{flag} {run_dir}: no readable args.json there ({reason})") from None
-
-
 def parse_args():
-    """-> args, mode "train", "resume" or "evaluate", run folder or None, and that run's own args.
+    """-> args, mode "train", "resume" or "evaluate", that run's folder and args, or None.
 
     --resume and --evaluate take every argument from the run folder; a flag beside them may only
     repeat it, but for what an evaluation is free to choose.
@@ -761,182 +725,178 @@ def parse_args():
     args = flags()
     if args.track and not find_spec("wandb"):
         raise UsageError("--track needs Weights & Biases: pip install wandb")
-    if not (args.resume or args.evaluate):
-        return args, "train", None, None
-    mode, run_dir = ("resume", args.resume) if args.resume else ("evaluate", args.evaluate)
-    saved = saved_args(run_dir, f"--{mode}")
+    mode = "resume" if args.resume else "evaluate" if args.evaluate else "train"
+    if mode == "train":
+        return args, mode, None, None
+    run_dir = Path(getattr(args, mode))
+    try:
+        saved = Args(**json.loads((run_dir / "args.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"--{mode} {run_dir} is not a run folder: {error}") from None
     args = dataclasses.replace(flags(default=saved), **{mode: None})
-    free = () if mode == "resume" else ("eval_episodes", "capture_video")
     for field in dataclasses.fields(Args):
         value, old = getattr(args, field.name), getattr(saved, field.name)
-        if value != old and field.name not in free:
-            name = field.name.replace("_", "-")
-            raise UsageError(f"--{name} {value} differs from {old} in {run_dir}")
-    return args, mode, Path(run_dir), saved
+        free = mode == "evaluate" and field.name in ("eval_episodes", "capture_video")
+        if value != old and not free:
+            flag = "--" + field.name.replace("_", "-")
+            raise UsageError(f"{flag} {value} beside --{mode}, but the run has {old}")
+    return args, mode, run_dir, saved
 
 
 def shardings(args):
-    """The devices that share a batch -> sharding of replicated arrays, of arrays split on axis 0."""
-    devices = jax.devices()
-    count = args.num_devices
+    """The devices that share a batch -> sharding of whole arrays, of arrays split on axis 0."""
+    devices, count = jax.devices(), args.num_devices
     if count is None:
         count = math.gcd(len(devices), args.batch_size) if devices[0].platform == "cpu" else 1
     if count > len(devices) or args.batch_size % count:
-        rule = f"at most the {len(devices)} there are and divide --batch-size {args.batch_size}"
+        rule = f"at most {len(devices)} here and divide --batch-size {args.batch_size}"
         raise UsageError(f"--num-devices must be {rule}, got {count}")
     mesh = jax.sharding.Mesh(np.array(devices[:count]), ("batch",))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
 
 
 def watch_signals():
-    """SIGINT and SIGTERM only note themselves; a second one ends the program at once."""
+    """The list to which SIGINT and SIGTERM add their number; a second one ends the program."""
     received = []
 
     def note(signum, _):
         if received:
             raise SystemExit(128 + signum)
         received.append(signum)
-        print(f"\n{signal.Signals(signum).name}: saving a checkpoint", file=sys.stderr, flush=True)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, note)
     return received
 
 
-def evaluate_run(args, run_dir, saved):
-    """--evaluate: prints the returns of the run's newest checkpoint."""
-    envs = make_envs(args, 1, args.seed)
-    o, d = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    arrays, meta = load_checkpoint(run_dir, saved)
-    k_init, _, _, k_eval = jax.random.split(jax.random.key(args.seed), 4)
-    state = restore_state(init_state(args, o, d, k_init), arrays)
-    video = run_dir / "videos" / f"evaluate-{meta['step']}" if args.capture_video else None
-    rows = evaluate(args, state, k_eval, meta["step"], video)
-    for _, episode, ret, length in rows:
-        print(f"episode {int(episode):2d}  return {ret:10.2f}  length {int(length)}")
-    print(f"step {meta['step']}: return {rows[:, 2].mean():.2f} +- {rows[:, 2].std():.2f} (std)")
-
-
-def train(args, resume=None):
-    """Trains one run, or goes on with the one in the folder `resume`; returns the exit code."""
-    envs = make_envs(args, args.num_envs, args.seed)
-    o, d = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    replicated, split = shardings(args)
-    keys = jax.device_put(jax.random.split(jax.random.key(args.seed), 4), replicated)
-    k_init, k_act, k_update, k_eval = keys
-    state, step, evals = init_state(args, o, d, k_init), 0, np.zeros((0, 4))
-    rng = np.random.default_rng(args.seed)
-    if resume is None:
-        run_dir, obs = create_run_dir(args), envs.reset()[0]
-    else:
-        run_dir, (arrays, meta) = resume, load_checkpoint(resume, args)
-        state, step, evals = restore_state(state, arrays), meta["step"], arrays["evals"]
-        if step >= args.total_timesteps:
-            print(f"{run_dir} is complete at step {step}")
-            return 0
-        rng.bit_generator.state = meta["rng"]
-        ends = np.cumsum(arrays["envs.length"])[:-1]
-        actions = np.split(arrays["envs.actions"], ends)
-        obs = np.stack(
-            [
-                e.restore(*x)
-                for e, *x in zip(envs.envs, arrays["envs.episode"].tolist(), actions, strict=True)
-            ]
-        )
-    replay = Replay(args, run_dir / "replay.dat", o, d, written=step)
-    state = jax.device_put(state, replicated)
-    log, stop, returns = open_log(args, run_dir, step), watch_signals(), deque(maxlen=20)
-
-    counts = [sum(x.size for x in jax.tree.leaves(n)) for n in (state.theta, state.critics)]
-    place = f"{replicated.num_devices} x {jax.devices()[0].device_kind}"
-    print(
-        f"run folder {run_dir}\ndevice {place}; {counts[0]:,} policy, {counts[1]:,} critic weights"
-    )
-    start = time.perf_counter()  # compile on copies, apart from the training time
-    copy, rows = (
-        jax.tree.map(jnp.copy, state),
-        np.zeros((args.batch_size, replay.rows.shape[1]), np.float32),
-    )
-    np.asarray(act(args, True, copy, obs.astype(np.float32), k_act, np.int32(0)))
-    jax.block_until_ready(update(args, copy, jax.device_put(rows, split), k_update))
+def compile_apart(args, state, obs, split, width, key):
+    """Runs `act` and `update` once on copies, so that the training time holds no compilation."""
+    start, state = time.perf_counter(), jax.tree.map(jnp.copy, state)
+    act(args, True, state, obs.astype(np.float32), key, np.int32(0))
+    batch = jax.device_put(np.zeros((args.batch_size, width), np.float32), split)
+    jax.block_until_ready(update(args, state, batch, key))
     print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
 
-    def save(name="checkpoint"):
+
+def step_envs(args, envs, replay, obs, a0):
+    """One step of all environments into the replay -> next obs, and (return, length) of each
+    episode that ended. The replay gets the true last observation of an episode."""
+    next_obs, reward, terminated, truncated, infos = envs.step(scale_action(envs, a0))
+    last_obs, ended = next_obs.copy(), []
+    for i in np.flatnonzero(terminated | truncated):
+        last_obs[i], stats = infos["final_obs"][i], infos["final_info"]["episode"]
+        ended.append((stats["r"][i], stats["l"][i]))
+    for name, x in (("reward", reward[:, None]), ("observation", last_obs)):
+        for i in np.flatnonzero(~np.isfinite(x).all(axis=1)):
+            raise Diverged(f"{name} of environment {i} is not finite")
+    replay.add(obs, last_obs, a0, reward, terminated)  # truncation bootstraps: not stored
+    return next_obs, ended
+
+
+def train(args, run_dir, envs, replay, state, obs, evals, rng, keys, split):
+    """The loop of Algorithm 1 around the environments; returns the exit code."""
+    _, k_act, k_update, k_eval = keys
+    step, updates, stop, returns = replay.written, int(state.step), watch_signals(), deque([], 20)
+    log = open_log(args, run_dir, step)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
+    first, start = step, time.perf_counter()
+
+    def save(name="checkpoint.npz"):
         replay.rows.flush()
         meta = {"step": step, "rng": rng.bit_generator.state}
-        save_checkpoint(run_dir, args, state, envs, evals, meta, name)
+        save_checkpoint(run_dir / name, args, state, envs, evals, meta)
 
     def due(every):
-        return step and (step >= args.total_timesteps or every and step % every < args.num_envs)
+        return step >= args.total_timesteps or step and every and step % every < args.num_envs
 
-    start, first, updates = time.perf_counter(), step, int(state.step)
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
     while True:
         if due(args.eval_every) and step not in evals[:, 0]:
             paused = time.perf_counter()
-            video = run_dir / "videos" / f"step-{step}" if args.capture_video else None
-            rows = evaluate(args, state, k_eval, step, video, stop=lambda: stop)
+            rows = evaluate(args, state, k_eval, step, run_dir, stop)
             if rows is not None:
                 evals = np.concatenate([evals, rows])
-                write_evals(run_dir, evals)
-                mean, std = rows[:, 2].mean(), rows[:, 2].std()
-                log.add_scalar("charts/eval_return", mean, step)
-                bar.write(f"step {step}: evaluation return {mean:.1f} +- {std:.1f} (std)")
+                write_evals(run_dir / "eval.csv", evals)
+                log.add_scalar("charts/eval_return", rows[:, 2].mean(), step)
+                bar.write(f"step {step}: {summary(rows)}")
             start += time.perf_counter() - paused
         if stop or due(args.checkpoint_every):
             save()
         if stop or step >= args.total_timesteps:
             break
-
-        if step < args.learning_starts:
-            a0 = rng.uniform(-1, 1, (args.num_envs, d)).astype(np.float32)
-        else:
-            a0 = np.asarray(act(args, True, state, obs.astype(np.float32), k_act, np.int32(step)))
-        next_obs, reward, terminated, truncated, infos = envs.step(scale_action(envs, a0))
-        true_next = next_obs.copy()
-        for i in np.flatnonzero(terminated | truncated):
-            true_next[i] = infos["final_obs"][i]
-            stats = infos["final_info"]["episode"]
-            returns.append(stats["r"][i])
-            log.add_scalar("charts/episodic_return", stats["r"][i], step)
-            log.add_scalar("charts/episodic_length", stats["l"][i], step)
-        for name, x in (("reward", reward), ("observation", true_next)):
-            bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))
-            if len(bad):
-                raise Diverged(f"{name} of environment {bad[0]} is not finite at step {step}")
-        replay.add(obs, true_next, a0, reward, terminated)
-        obs, step = next_obs, step + args.num_envs
-        bar.update(args.num_envs)
-        if step > args.learning_starts:
+        try:
+            a0 = rng.uniform(-1, 1, (args.num_envs, envs.single_action_space.shape[0]))
+            if step >= args.learning_starts:
+                a0 = act(args, True, state, obs.astype(np.float32), k_act, np.int32(step))
+            obs, ended = step_envs(args, envs, replay, obs, np.asarray(a0))
+            step = replay.written
+            bar.update(args.num_envs)
+            for ret, length in ended:
+                returns.append(ret)
+                log.add_scalar("charts/episodic_return", ret, step)
+                log.add_scalar("charts/episodic_length", length, step)
+            if step <= args.learning_starts:
+                continue
             batch = jax.device_put(replay.sample(rng, args.batch_size), split)
             state, metrics = update(args, state, batch, k_update)
-            updates += 1
-            if updates % (LOG_EVERY * args.policy_delay) == 1:
+            if updates % (LOG_EVERY * args.policy_delay) == 0:
                 metrics = {name: float(x) for name, x in metrics.items()}
-                sps = (step - first) / (time.perf_counter() - start)
-                log.add_scalar("charts/SPS", sps, step)
+                metrics["SPS"] = (step - first) / (time.perf_counter() - start)
                 for name, x in metrics.items():
                     log.add_scalar(f"losses/{name}", x, step)
-                bar.set_postfix({"return": f"{np.mean(returns):.0f}", "SPS": f"{sps:.0f}"})
-                trouble = check_metrics(metrics)
-                if trouble:
-                    save("diverged")
-                    raise Diverged(f"{trouble} at step {step}; state saved as diverged.npz")
+                bar.set_postfix_str(f"return {np.mean(returns):.0f}")
+                check_metrics(metrics)
+            updates += 1
+        except Diverged as error:
+            save("diverged.npz")
+            raise Diverged(f"{error} at step {step}; saved in {run_dir / 'diverged.npz'}") from None
     bar.close()
     log.close()
     if stop:
         print(f"stopped at step {step}; --resume {run_dir} goes on", file=sys.stderr)
         return 128 + stop[0]
-    (run_dir / "replay.dat").unlink()
+    Path(replay.rows.filename).unlink()  # only a resume needs it
     return 0
+
+
+def run(args, mode, run_dir, saved):
+    """Sets up one run, then trains, resumes or evaluates it; returns the exit code."""
+    envs = make_envs(args, args.num_envs, args.seed)
+    o, d = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    whole, split = shardings(args)
+    keys = jax.device_put(jax.random.split(jax.random.key(args.seed), 4), whole)
+    state, step, evals = init_state(args, o, d, keys[0]), 0, np.zeros((0, 4))
+    rng = np.random.default_rng(args.seed)
+    arrays = None
+    if mode == "evaluate" or mode == "resume" and any(run_dir.glob("checkpoint*.npz")):
+        state, arrays, meta = load_checkpoint(run_dir / "checkpoint.npz", saved, state)
+        step, evals, rng.bit_generator.state = meta["step"], arrays["evals"], meta["rng"]
+    state = jax.device_put(state, whole)
+    if mode == "evaluate":
+        print(f"step {step}: {summary(evaluate(args, state, keys[3], step, run_dir))}")
+        return 0
+    if step >= args.total_timesteps:
+        print(f"{run_dir} is complete at step {step}")
+        return 0
+    if mode == "train":
+        run_dir = create_run_dir(args, replay_shape(args, o, d))
+    if arrays is None:  # new, or killed before its first checkpoint
+        obs, _ = envs.reset()
+    else:
+        actions = np.split(arrays["envs.actions"], np.cumsum(arrays["envs.length"])[:-1])
+        pasts = zip(envs.envs, arrays["envs.episode"], actions, strict=True)
+        obs = np.stack([env.restore(*past) for env, *past in pasts])
+    replay = Replay(run_dir / "replay.dat", replay_shape(args, o, d), args.buffer_size, step)
+    sizes = [sum(x.size for x in jax.tree.leaves(net)) for net in (state.theta, state.critics)]
+    print(f"run folder  {run_dir}")
+    print(f"device      {split.num_devices} x {jax.devices()[0].device_kind}")
+    print(f"parameters  policy {sizes[0]:,}, critics {sizes[1]:,}", flush=True)
+    compile_apart(args, state, obs, split, replay.rows.shape[1], keys[2])
+    return train(args, run_dir, envs, replay, state, obs, evals, rng, keys, split)
 
 
 def main():
     try:
-        args, mode, run_dir, saved = parse_args()
-        if mode == "evaluate":
-            return evaluate_run(args, run_dir, saved)
-        return train(args, run_dir)
+        return run(*parse_args())
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -944,7 +904,7 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -152,47 +152,40 @@ class Args:
     """H, units of each of the 3 hidden layers of every network"""
 
     def __post_init__(self):
-        inf, tiny = math.inf, 1e-12
-        for low, high, names in (
-            (1, inf, "total_timesteps num_envs buffer_size batch_size eval_episodes policy_delay"),
-            (1, inf, "hidden_dim sampling_steps"),
-            (2, inf, "num_samples"),
-            (0, inf, "seed eval_every checkpoint_every learning_starts noise_start noise_end"),
-            (tiny, inf, "lam_lr policy_lr critic_lr reward_scale"),
-            (0, 1, "gamma"),
-            (tiny, 1, "tau policy_tau"),
-            (-inf, 0, "neg_clip"),
-            (0, self.policy_lr, "policy_lr_end"),
-        ):
-            for name in names.split():
-                value = getattr(self, name)
-                if not low <= value <= high or math.isinf(value):
-                    low = "above 0" if low == tiny else f"at least {low:g}"
-                    flag = "--" + name.replace("_", "-")
-                    raise UsageError(f"{flag} must be {low} and at most {high:g}, got {value}")
-        log_n, clipped = math.log(self.num_samples), ("linear", "square", "power")
-        for ok, rule in (
-            (0 < self.eps_kl < log_n, f"--eps-kl must be above 0 and below log N = {log_n:.3f}"),
-            (
-                self.neg_clip == 0 or self.weighting in clipped,
-                f"--neg-clip has no meaning with --weighting {self.weighting}",
-            ),
-            (
-                (self.power is not None) == (self.weighting == "power"),
-                "--power goes with --weighting power, and the other way round",
-            ),
-            (self.power is None or 0 < self.power < inf, "--power must be above 0"),
-            (self.num_devices is None or self.num_devices > 0, "--num-devices must be at least 1"),
-            (self.batch_size <= self.learning_starts, "--batch-size is above --learning-starts"),
-            (self.batch_size <= self.buffer_size, "--batch-size is above --buffer-size"),
+        counts = "total_timesteps num_envs buffer_size batch_size eval_episodes policy_delay "
+        counts += "hidden_dim sampling_steps"
+        log_n = math.log(max(self.num_samples, 1))
+        clipped = self.weighting in ("linear", "square", "power")
+        rules = [
+            *((math.isfinite(x), n, "finite") for n, x in vars(self).items() if type(x) is float),
+            *((getattr(self, n) >= 1, n, "at least 1") for n in counts.split()),
+            *((getattr(self, n) >= 0, n, "at least 0") for n in ("eval_every", "checkpoint_every")),
+            *((getattr(self, n) >= 0, n, "at least 0") for n in ("noise_start", "noise_end")),
+            *((getattr(self, n) > 0, n, "above 0") for n in ("critic_lr", "lam_lr", "policy_lr")),
+            *((0 < getattr(self, n) <= 1, n, "in (0, 1]") for n in ("tau", "policy_tau")),
+            (0 <= self.seed < 2**32, "seed", "in [0, 2^32)"),
+            (0 <= self.gamma <= 1, "gamma", "in [0, 1]"),
+            (self.reward_scale > 0, "reward_scale", "above 0"),
+            (0 <= self.policy_lr_end <= self.policy_lr, "policy_lr_end", "in [0, --policy-lr]"),
+            (self.num_samples >= 2, "num_samples", "at least 2, for weights to compare"),
+            (0 < self.eps_kl < log_n, "eps_kl", f"in (0, log N), log N = {log_n:.3f}"),
+            (self.neg_clip <= 0, "neg_clip", "at most 0"),
+            (clipped or not self.neg_clip, "neg_clip", f"0 with --weighting {self.weighting}"),
+            ((self.weighting == "power") == bool(self.power), "power", "set for power, only"),
+            (self.power is None or self.power > 0, "power", "above 0"),
+            (self.num_devices is None or self.num_devices > 0, "num_devices", "at least 1"),
+            (self.batch_size <= self.learning_starts, "batch_size", "at most --learning-starts"),
+            (self.batch_size <= self.buffer_size, "batch_size", "at most --buffer-size"),
             (
                 self.learning_starts < self.total_timesteps,
-                f"--learning-starts {self.learning_starts} leaves nothing of --total-timesteps",
+                *("learning_starts", f"below --total-timesteps {self.total_timesteps}"),
             ),
-            (not (self.resume and self.evaluate), "--resume and --evaluate exclude each other"),
-        ):
+            (not (self.resume and self.evaluate), "resume", "used without --evaluate"),
+        ]
+        for ok, name, rule in rules:
             if not ok:
-                raise UsageError(rule)
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} must be {rule}, got {getattr(self, name)}")
 
     @property
     def num_updates(self):

@@ -107,8 +107,6 @@ class Args:
     # --- lam ---
     eps_kl: float = 1.5
     """epsilon in eq. (30), nats: KL(softmax(q / lam) || uniform); below log N"""
-    lam_lr: float = 0.01
-    """step of the dual on log lam"""
     # --- diffusion ---
     num_samples: int = 32
     """N, samples a state"""
@@ -161,11 +159,13 @@ class Args:
             *((getattr(self, n) >= 1, n, "at least 1") for n in counts.split()),
             *((getattr(self, n) >= 0, n, "at least 0") for n in ("eval_every", "checkpoint_every")),
             *((getattr(self, n) >= 0, n, "at least 0") for n in ("noise_start", "noise_end")),
-            *((getattr(self, n) > 0, n, "above 0") for n in ("critic_lr", "lam_lr", "policy_lr")),
+            *(
+                (getattr(self, n) > 0, n, "above 0")
+                for n in ("critic_lr", "policy_lr", "reward_scale")
+            ),
             *((0 < getattr(self, n) <= 1, n, "in (0, 1]") for n in ("tau", "policy_tau")),
             (0 <= self.seed < 2**32, "seed", "in [0, 2^32)"),
             (0 <= self.gamma <= 1, "gamma", "in [0, 1]"),
-            (self.reward_scale > 0, "reward_scale", "above 0"),
             (0 <= self.policy_lr_end <= self.policy_lr, "policy_lr_end", "in [0, --policy-lr]"),
             (self.num_samples >= 2, "num_samples", "at least 2, for weights to compare"),
             (0 < self.eps_kl < log_n, "eps_kl", f"in (0, log N), log N = {log_n:.3f}"),
@@ -404,7 +404,7 @@ def update_policy(args, state, obs, a0, key):
         a0 = perturb(noise_std(args, state.step), a0, k_noise)
     q = q_values(state.critics, obs, a0).min(axis=0)
     w = weights(args, q, jnp.exp(state.log_lam))
-    log_lam, kl = update_lam(state.log_lam, q, args.eps_kl, args.lam_lr)
+    log_lam, kl = update_lam(state.log_lam, q, args.eps_kl)
     loss, grads = jax.value_and_grad(matching_loss)(state.theta, args, obs, a0, w, k_loss)
     updates, theta_opt = optimisers(args)[0].update(grads, state.theta_opt)
     theta = optax.apply_updates(state.theta, updates)
@@ -625,7 +625,7 @@ def save_checkpoint(path, args, state, envs, evals, meta):
         np.savez(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
-    if path.exists():
+    if zipfile.is_zipfile(path):  # a truncated one must not replace the whole one before it
         path.replace(path.with_suffix(".previous.npz"))
     path.with_suffix(".tmp").replace(path)
 
@@ -692,8 +692,11 @@ def open_log(args, run_dir, step):
     return SummaryWriter(str(run_dir), purge_step=step or None)
 
 
-def check_metrics(metrics):
-    """Raises Diverged with the first quantity, in order of computation, that shows it."""
+def log_metrics(log, metrics, step):
+    """Writes one update's metrics; Diverged names the first, in order of computation, to be off."""
+    metrics = {name: float(value) for name, value in metrics.items()}
+    for name, value in metrics.items():
+        log.add_scalar(f"losses/{name}", value, step)
     for name, value in metrics.items():
         if not math.isfinite(value) or name.endswith("grad_norm") and value > GRAD_NORM_LIMIT:
             raise Diverged(f"{name} is {value:.3g}")
@@ -771,7 +774,7 @@ def compile_apart(args, state, obs, split, width, key):
     print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
 
 
-def step_envs(args, envs, replay, obs, a0):
+def step_envs(envs, replay, obs, a0):
     """One step of all environments into the replay -> next obs, and (return, length) of each
     episode that ended. The replay gets the true last observation of an episode."""
     next_obs, reward, terminated, truncated, infos = envs.step(scale_action(envs, a0))
@@ -786,10 +789,10 @@ def step_envs(args, envs, replay, obs, a0):
     return next_obs, ended
 
 
-def train(args, run_dir, envs, replay, state, obs, evals, rng, keys, split):
+def train(args, run_dir, envs, replay, state, obs, evals, rng, keys, split, stop):
     """The loop of Algorithm 1 around the environments; returns the exit code."""
     _, k_act, k_update, k_eval = keys
-    step, updates, stop, returns = replay.written, int(state.step), watch_signals(), deque([], 20)
+    step, updates, returns = replay.written, int(state.step), deque([], 20)
     log = open_log(args, run_dir, step)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
     first, start = step, time.perf_counter()
@@ -812,15 +815,16 @@ def train(args, run_dir, envs, replay, state, obs, evals, rng, keys, split):
                 log.add_scalar("charts/eval_return", rows[:, 2].mean(), step)
                 bar.write(f"step {step}: {summary(rows)}")
             start += time.perf_counter() - paused
-        if stop or due(args.checkpoint_every):
+        if stop or step > first and due(args.checkpoint_every):
             save()
         if stop or step >= args.total_timesteps:
             break
         try:
-            a0 = rng.uniform(-1, 1, (args.num_envs, envs.single_action_space.shape[0]))
-            if step >= args.learning_starts:
+            if step < args.learning_starts:
+                a0 = rng.uniform(-1, 1, envs.action_space.shape)
+            else:
                 a0 = act(args, True, state, obs.astype(np.float32), k_act, np.int32(step))
-            obs, ended = step_envs(args, envs, replay, obs, np.asarray(a0))
+            obs, ended = step_envs(envs, replay, obs, np.asarray(a0))
             step = replay.written
             bar.update(args.num_envs)
             for ret, length in ended:
@@ -832,12 +836,10 @@ def train(args, run_dir, envs, replay, state, obs, evals, rng, keys, split):
             batch = jax.device_put(replay.sample(rng, args.batch_size), split)
             state, metrics = update(args, state, batch, k_update)
             if updates % (LOG_EVERY * args.policy_delay) == 0:
-                metrics = {name: float(x) for name, x in metrics.items()}
-                metrics["SPS"] = (step - first) / (time.perf_counter() - start)
-                for name, x in metrics.items():
-                    log.add_scalar(f"losses/{name}", x, step)
-                bar.set_postfix_str(f"return {np.mean(returns):.0f}")
-                check_metrics(metrics)
+                sps = (step - first) / (time.perf_counter() - start)
+                log.add_scalar("charts/SPS", sps, step)
+                bar.set_postfix_str(f"return {sum(returns) / max(len(returns), 1):.0f}")
+                log_metrics(log, metrics, step)
             updates += 1
         except Diverged as error:
             save("diverged.npz")
@@ -883,8 +885,9 @@ def run(args, mode, run_dir, saved):
     print(f"run folder  {run_dir}")
     print(f"device      {split.num_devices} x {jax.devices()[0].device_kind}")
     print(f"parameters  policy {sizes[0]:,}, critics {sizes[1]:,}", flush=True)
+    stop = watch_signals()
     compile_apart(args, state, obs, split, replay.rows.shape[1], keys[2])
-    return train(args, run_dir, envs, replay, state, obs, evals, rng, keys, split)
+    return train(args, run_dir, envs, replay, state, obs, evals, rng, keys, split, stop)
 
 
 def main():

@@ -113,9 +113,7 @@ def test_any_weighting_equals_brents_method(name, lam):
 def test_general_solver_agrees_with_the_closed_forms():
     q, lam = random_q(4), 0.7
     for power, neg_clip in ((1, 0.0), (1, -0.2), (2, 0.0)):
-        bisected = solve_nu_for(
-            q, lam, lambda y, p=power, c=neg_clip: signed_power(y, p, c, jnp)
-        )
+        bisected = solve_nu_for(q, lam, lambda y, p=power, c=neg_clip: signed_power(y, p, c, jnp))
         exact = solve_nu(q, lam, power, neg_clip)
         np.testing.assert_allclose(bisected, exact, rtol=1e-5, atol=1e-5)
 

@@ -98,7 +98,7 @@ class Args:
     capture_video: bool = False
     """write an mp4 of the first episode of every evaluation"""
     track: bool = False
-    """mirror the TensorBoard log to Weights & Biases (pip install wandb)"""
+    """mirror the TensorBoard log to Weights & Biases (pip install wandb tensorboard)"""
     # --- env ---
     env_id: str = "Hopper-v4"
     """Gymnasium id with a flat Box observation and a bounded Box action; module:Name-v0 works"""
@@ -720,8 +720,8 @@ def parse_args():
     """
     flags = functools.partial(tyro.cli, Args, config=(tyro.conf.FlagCreatePairsOff,))
     args = flags()
-    if args.track and not find_spec("wandb"):
-        raise UsageError("--track needs Weights & Biases: pip install wandb")
+    if args.track and not (find_spec("wandb") and find_spec("tensorboard")):
+        raise UsageError("--track needs Weights & Biases: pip install wandb tensorboard")
     mode = "resume" if args.resume else "evaluate" if args.evaluate else "train"
     if mode == "train":
         return args, mode, None, None

@@ -53,13 +53,14 @@ def solve_nu_for(q, lam, g):
     return q_max - lam * _float_at(hi)
 
 
-def update_lam(log_lam, q, eps_kl, lr=0.01):
+def update_lam(log_lam, q, eps_kl, lr=0.05):
     """One descent step on the dual of lam, eq. (30), averaged over states.
 
     log_lam scalar; q [..., N] in reward units; eps_kl < log N in nats. Returns the new log_lam and
     the mean KL(softmax(q / lam) || uniform) in nats, which is eps_kl at the optimum.
     Source: App. G, d/dlam = eps_kl + H(p) - log N = eps_kl - KL. The step is taken on log lam and
-    leaves out the chain rule's factor lam: same sign and optimum, whatever the scale of q.
+    leaves out the chain rule's factor lam: same sign and optimum, whatever the scale of q. There
+    KL falls by about 2 eps_kl for each unit of log lam, so lr eps_kl must stay well below 1.
     """
     q = (q - jnp.max(q, axis=-1, keepdims=True)) / jnp.exp(log_lam)
     log_p = jax.nn.log_softmax(q, axis=-1)

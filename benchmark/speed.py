@@ -74,7 +74,7 @@ class Args:
         for ok, rule in (
             (min(self.repeats, self.rounds) > 0, "--repeats and --rounds must be at least 1"),
             (self.rows >= size, f"--rows must be at least {size}"),
-            (self.calls > 0 == self.calls % delay, f"--calls must be a multiple of {delay}"),
+            (self.calls > 0 and self.calls % delay == 0, f"--calls must be a multiple of {delay}"),
         ):
             if not ok:
                 raise simpo.UsageError(rule)
@@ -215,7 +215,7 @@ def time_sampler(pieces, repeats):
 
 
 def time_peer(pieces, command, rounds, calls):
-    """Ours and the peer in turns, `calls` updates and then acts each. -> {name: ms of each round}"""
+    """Ours and the peer in turns, `calls` updates and then acts each. -> {name: ms per round}"""
     turns, pipe = [], subprocess.PIPE
 
     def reply():
@@ -245,7 +245,7 @@ def machine(args):
     model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     values = {
         "cpu": model[1] if model else platform.processor() or platform.machine(),
-        "cores": simpo.CORES,
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "device": devices[0].device_kind,
         "devices": simpo.shardings(args)[1].num_devices,
         "jax": jax.__version__,
@@ -285,7 +285,8 @@ def main():
                     command = args.peer.replace("{shape}", shape)
                     rows += report(shape, time_peer(pieces, command, args.rounds, args.calls))
             with open(args.out, "w", newline="") as file:
-                csv.writer(file).writerows([("shape", "quantity", "value", "unit"), *rows])
+                header = "shape", "quantity", "value", "unit"
+                csv.writer(file, lineterminator="\n").writerows([header, *rows])
     except (simpo.UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

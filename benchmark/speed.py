@@ -50,6 +50,9 @@ import simpo_mujoco as simpo  # noqa: E402
 SHAPES = {"hopper": (11, 3), "humanoid": (376, 17)}  # o, d
 
 
+# ---- Args -------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Args:
     shapes: tuple[Literal["hopper", "humanoid"], ...] = ("hopper", "humanoid")
@@ -78,6 +81,9 @@ class Args:
         ):
             if not ok:
                 raise simpo.UsageError(rule)
+
+
+# ---- pieces of an iteration -------------------------------------------------------------------
 
 
 class Pieces:
@@ -131,6 +137,9 @@ def clock(*functions, calls=1):
         for function in functions:
             function()
     return (time.perf_counter() - start) / calls * 1e3
+
+
+# ---- quantities -------------------------------------------------------------------------------
 
 
 def time_iteration(pieces, repeats):
@@ -239,6 +248,9 @@ def time_peer(pieces, command, rounds, calls):
     return {**dict(zip(names, turns, strict=True)), "peer_over_ours": ratio}
 
 
+# ---- main -------------------------------------------------------------------------------------
+
+
 def machine(args):
     """Prints where the numbers come from -> rows of the CSV."""
     info, devices = Path("/proc/cpuinfo"), jax.devices()
@@ -267,26 +279,33 @@ def report(shape, times):
     return rows
 
 
+def measure(args):
+    """Every quantity of every shape; yields rows of the CSV as they come."""
+    trainer = simpo.Args(num_devices=args.num_devices)
+    sizes = {"hidden_dim": 8, "num_samples": 2, "sampling_steps": 1, "eps_kl": 0.3}
+    yield machine(trainer)
+    for shape in args.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            pieces = Pieces(dataclasses.replace(trainer, **sizes), shape, folder, args.rows)
+            yield report(shape, time_host(pieces, 10 * args.repeats))
+            pieces = Pieces(trainer, shape, folder, args.rows)
+            yield report(shape, time_device(pieces, args.repeats))
+            yield report(shape, time_sampler(pieces, args.repeats))
+            if args.peer:
+                command = args.peer.replace("{shape}", shape)
+                yield report(shape, time_peer(pieces, command, args.rounds, args.calls))
+
+
 def main():
-    """Times every shape and rewrites the CSV after each; returns the exit code."""
+    """Writes the CSV; returns the exit code."""
     try:
         args = tyro.cli(Args, description=__doc__)
-        trainer = simpo.Args(num_devices=args.num_devices)
-        sizes = {"hidden_dim": 8, "num_samples": 2, "sampling_steps": 1, "eps_kl": 0.3}
-        tiny, rows = dataclasses.replace(trainer, **sizes), machine(trainer)
-        for shape in args.shapes:
-            with tempfile.TemporaryDirectory() as folder:
-                pieces = Pieces(tiny, shape, folder, args.rows)
-                rows += report(shape, time_host(pieces, 10 * args.repeats))
-                pieces = Pieces(trainer, shape, folder, args.rows)
-                rows += report(shape, time_device(pieces, args.repeats))
-                rows += report(shape, time_sampler(pieces, args.repeats))
-                if args.peer:
-                    command = args.peer.replace("{shape}", shape)
-                    rows += report(shape, time_peer(pieces, command, args.rounds, args.calls))
-            with open(args.out, "w", newline="") as file:
-                header = "shape", "quantity", "value", "unit"
-                csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        with open(args.out, "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("shape", "quantity", "value", "unit"))
+            for rows in measure(args):
+                writer.writerows(rows)
+                file.flush()
     except (simpo.UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

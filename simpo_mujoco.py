@@ -116,7 +116,9 @@ class Args:
     noise_start: float = 0.3
     """std of the Gaussian noise on actions at the first update, in half action ranges"""
     noise_end: float = 0.1
-    """the same at the last update; linear between"""
+    """the same after noise_steps; linear between"""
+    noise_steps: int = 300_000
+    """environment steps from noise_start to noise_end, counted from the first update"""
     train_noise: bool = True
     """add that noise to the samples the policy is refitted to as well"""
     policy_tau: float = 1.0
@@ -153,9 +155,9 @@ class Args:
     def __post_init__(self):
         log_n = math.log(max(self.num_samples, 1))
         clipped, power = ("linear", "square", "power"), self.weighting == "power"
-        counts = "total_timesteps num_envs buffer_size batch_size eval_episodes policy_delay"
+        counts = "total_timesteps num_envs buffer_size batch_size eval_episodes noise_steps"
         for names, ok, rule in (
-            (f"{counts} hidden_dim sampling_steps", lambda x: x >= 1, "at least 1"),
+            (f"{counts} policy_delay hidden_dim sampling_steps", lambda x: x >= 1, "at least 1"),
             ("eval_every checkpoint_every noise_start noise_end", lambda x: x >= 0, "at least 0"),
             ("policy_lr critic_lr reward_scale", lambda x: x > 0, "above 0"),
             ("policy_lr_end", lambda x: 0 <= x <= self.policy_lr, "in [0, --policy-lr]"),
@@ -357,7 +359,8 @@ def init_state(args, obs_dim, act_dim, key):
 
 def noise_std(args, step):
     """Std of the noise on actions after `step` updates, in half action ranges."""
-    return args.noise_start + (args.noise_end - args.noise_start) * step / args.num_updates
+    progress = jnp.minimum(step * args.num_envs / args.noise_steps, 1.0)
+    return args.noise_start + (args.noise_end - args.noise_start) * progress
 
 
 def best(q, a0):

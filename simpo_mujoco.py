@@ -121,10 +121,6 @@ class Args:
     """environment steps from noise_start to noise_end, counted from the first update"""
     train_noise: bool = True
     """add that noise to the samples the policy is refitted to as well"""
-    policy_tau: float = 1.0
-    """rate at which the policy that is sampled follows the one that is trained; 1: the same"""
-    target_best: bool = True
-    """critic target from the best of N samples; otherwise from their mean value"""
     policy_lr: float = 3e-4
     """Adam's rate for the policy at the first update"""
     policy_lr_end: float = 3e-5
@@ -161,7 +157,7 @@ class Args:
             ("eval_every checkpoint_every noise_start noise_end", lambda x: x >= 0, "at least 0"),
             ("policy_lr critic_lr reward_scale", lambda x: x > 0, "above 0"),
             ("policy_lr_end", lambda x: 0 <= x <= self.policy_lr, "in [0, --policy-lr]"),
-            ("tau policy_tau", lambda x: 0 < x <= 1, "in (0, 1]"),
+            ("tau", lambda x: 0 < x <= 1, "in (0, 1]"),
             ("gamma", lambda x: 0 <= x <= 1, "in [0, 1]"),
             ("seed", lambda x: 0 <= x < 2**32, "in [0, 2^32)"),
             ("num_samples", lambda x: x >= 2, "at least 2, for weights to compare"),
@@ -327,7 +323,6 @@ class State(NamedTuple):
     """Everything that training changes on the device."""
 
     theta: dict  # policy: "net" and the time embedding "time"
-    theta_target: dict  # the policy that is sampled
     critics: list  # two networks
     critics_target: list
     theta_opt: optax.OptState
@@ -351,10 +346,9 @@ def init_state(args, obs_dim, act_dim, key):
     theta = {"net": net, "time": init_mlp(k_time, [embedding, 2 * embedding, embedding])}
     critics = [init_mlp(k, [obs_dim + act_dim, *hidden, 1]) for k in k_critics]
     policy_adam, critic_adam = optimisers(args)
-    copy = functools.partial(jax.tree.map, jnp.copy)  # donated buffers must not be shared
+    targets = jax.tree.map(jnp.copy, critics)  # donated buffers must not be shared
     opts = policy_adam.init(theta), critic_adam.init(critics)
-    zeros = jnp.zeros(()), jnp.zeros((), jnp.int32)
-    return State(theta, copy(theta), critics, copy(critics), *opts, *zeros)
+    return State(theta, critics, targets, *opts, jnp.zeros(()), jnp.zeros((), jnp.int32))
 
 
 def noise_std(args, step):
@@ -404,12 +398,10 @@ def update_policy(args, state, obs, a0, key):
     loss, grads = jax.value_and_grad(matching_loss)(state.theta, args, obs, a0, w, k_loss)
     updates, theta_opt = optimisers(args)[0].update(grads, state.theta_opt)
     theta = optax.apply_updates(state.theta, updates)
-    theta_target = optax.incremental_update(theta, state.theta_target, args.policy_tau)
     ess = jnp.mean(jnp.sum(jnp.abs(w), axis=-1) ** 2 / jnp.sum(w**2, axis=-1))
     values = (w.max(), jnp.mean(w < 0), ess, kl, loss, optax.tree.norm(grads), jnp.exp(log_lam))
     metrics = dict(zip(POLICY_METRICS, values, strict=True))
-    new = {"theta": theta, "theta_target": theta_target, "theta_opt": theta_opt}
-    return state._replace(**new, log_lam=log_lam), metrics
+    return state._replace(theta=theta, theta_opt=theta_opt, log_lam=log_lam), metrics
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -425,14 +417,10 @@ def update(args, state, batch, key):
     reward, terminated = tail[:, 0] * args.reward_scale, tail[:, 1]
     k_sample, k_target, k_policy = jax.random.split(jax.random.fold_in(key, state.step), 3)
 
-    a0 = sample_actions(args, state.theta_target, next_obs, k_sample)
-    if args.target_best:
-        q_online = q_values(state.critics, next_obs, a0).min(axis=0)
-        next_act = best(q_online, a0)[:, None]
-    else:
-        next_act = a0
-    next_act = perturb(noise_std(args, state.step), next_act, k_target)
-    next_q = q_values(state.critics_target, next_obs, next_act).min(axis=0).mean(axis=-1)
+    a0 = sample_actions(args, state.theta, next_obs, k_sample)
+    next_act = best(q_values(state.critics, next_obs, a0).min(axis=0), a0)
+    next_act = perturb(noise_std(args, state.step), next_act, k_target)[:, None]
+    next_q = q_values(state.critics_target, next_obs, next_act).min(axis=0)[:, 0]
     target = reward + args.gamma * (1 - terminated) * next_q
     (loss, q), grads = jax.value_and_grad(critic_loss, has_aux=True)(
         state.critics, obs, act, target
@@ -442,11 +430,14 @@ def update(args, state, batch, key):
     critics_target = optax.incremental_update(critics, state.critics_target, args.tau)
     state = state._replace(critics_opt=critics_opt, critics=critics, critics_target=critics_target)
 
-    refit = functools.partial(update_policy, args, obs=next_obs, a0=a0, key=k_policy)
-    skip = lambda state: (state, dict.fromkeys(POLICY_METRICS, jnp.zeros(())))  # noqa: E731
-    state, policy_metrics = jax.lax.cond(
-        state.step % args.policy_delay == 0, lambda state: refit(state=state), skip, state
-    )
+    def refit(state):
+        return update_policy(args, state, next_obs, a0, k_policy)
+
+    def keep(state):
+        return state, dict.fromkeys(POLICY_METRICS, jnp.zeros(()))
+
+    due = state.step % args.policy_delay == 0
+    state, policy_metrics = jax.lax.cond(due, refit, keep, state)
     metrics = {
         "q_target": target.mean(),
         "q": q.mean(),
@@ -466,7 +457,7 @@ def act(args, explore, state, obs, key, step):
     `step` makes a fresh key of `key`; params come as an argument, so nothing is retraced.
     """
     k_sample, k_noise = jax.random.split(jax.random.fold_in(key, step))
-    a0 = sample_actions(args, state.theta_target, obs, k_sample)
+    a0 = sample_actions(args, state.theta, obs, k_sample)
     a0 = best(q_values(state.critics, obs, a0).min(axis=0), a0)
     return perturb(noise_std(args, state.step), a0, k_noise) if explore else a0
 

@@ -255,7 +255,7 @@ def test_scale_action_reaches_the_environments_range():
 def test_a_value_that_is_not_finite_names_its_environment(tmp_path, field, name):
     envs = make_envs(with_env("tiny_envs:Point-v0"), 3, 0)
     setattr(envs.envs[1].unwrapped, field, 4)
-    replay, obs = Replay(tmp_path / "replay.dat", (100, 7), 100), envs.reset()[0]
+    replay, obs = Replay(tmp_path / "replay.dat", (100, 9), 100), envs.reset()[0]
     for _ in range(3):
         obs, _ = step_envs(envs, replay, obs, np.zeros((3, 1)))
     with pytest.raises(Diverged, match=f"{name} of environment 1 "):

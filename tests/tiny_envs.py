@@ -5,13 +5,13 @@ import numpy as np
 
 
 class Point(gym.Env):
-    """obs [position, clock]; the action moves the position, reward -position^2, never ends.
+    """obs [position, clock, 1]; the action moves the position, reward -position^2, never ends.
 
     `terminate_at`, `nan_reward_at` and `nan_obs_at` are steps of an episode, or None.
     """
 
     def __init__(self, low=-1.0, high=3.0, terminate_at=None, nan_reward_at=None):
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
         self.action_space = gym.spaces.Box(np.float32([low]), np.float32([high]))
         self.terminate_at, self.nan_reward_at, self.nan_obs_at = terminate_at, nan_reward_at, None
 
@@ -28,7 +28,7 @@ class Point(gym.Env):
 
     def observe(self):
         position = np.nan if self.clock and self.clock == self.nan_obs_at else self.position
-        return np.array([position, self.clock / 100])
+        return np.array([position, self.clock / 100, 1.0])
 
 
 class Unbounded(Point):

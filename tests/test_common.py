@@ -280,11 +280,13 @@ def test_lam_reaches_the_bound_and_the_minimum_of_the_dual(eps_kl, scale):
 
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
 def test_lam_is_safe_in_float32_for_large_q(offset):
-    q = random_q(8, (6, 32), offset=offset, spread=0.3)
-    log_lam, kl = jit_update_lam(np.log(0.1), q, 1.5, 1.0)
-    expected = kl_to_uniform(0.1, q)
+    """q / lam is 3e6 here, where float32 is no finer than 0.25; differences of q are exact."""
+    lam = np.float32(0.003)
+    q = random_q(8, (6, 32), offset=offset, spread=0.01)
+    log_lam, kl = jit_update_lam(np.log(lam), q, 1.5, 1.0)
+    expected = kl_to_uniform(np.float64(lam), q)
     np.testing.assert_allclose(kl, expected, rtol=1e-4)
-    np.testing.assert_allclose(log_lam, np.log(0.1) - (1.5 - expected), rtol=1e-4)
+    np.testing.assert_allclose(log_lam, np.log(lam) - (1.5 - expected), rtol=1e-4)
 
 
 def test_lam_stays_in_its_bounds():

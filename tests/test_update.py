@@ -123,6 +123,46 @@ def test_targets_follow_the_new_networks_by_tau():
     assert moved(states[-1].critics, states[-1].critics_target)
 
 
+def linear_critic(slope, level):
+    """A network whose value is level + slope x the first action, by the linear part of Mish."""
+    h = TINY.hidden_dim
+    unit = lambda rows, columns: np.zeros((rows, columns), np.float32)  # noqa: E731
+    first, middle, last = unit(OBS + ACT, h), unit(h, h), unit(h, 1)
+    first[OBS, 0], middle[0, 0], last[0, 0] = 1, 1, slope
+    lift = np.zeros(h, np.float32)
+    lift[0] = 30  # where mish(x) = x
+    biases = lift, 0 * lift, 0 * lift, np.float32([level - 30 * slope])
+    weights = first, middle, middle, last
+    return [{"w": w, "b": b} for w, b in zip(weights, biases, strict=True)]
+
+
+def test_critic_target_by_hand():
+    """r + gamma (1 - end) Q', with Q' the smaller *target* critic at the best of N samples, best
+    by the smaller *online* critic."""
+
+    def q_target(online, target, ended=0.0):
+        state, key, split = fresh(TINY)
+        state = state._replace(
+            critics=[linear_critic(*x) for x in online],
+            critics_target=[linear_critic(*x) for x in target],
+        )
+        rows = random_rows(1)
+        rows[:, -2:] = 2.0, ended
+        state = jax.device_put(state, split.mesh.devices.flat[0])
+        return float(update(TINY, state, jax.device_put(rows, split), key)[1]["q_target"])
+
+    reward, flat = 2.0 * TINY.reward_scale, [(0, 0), (0, 0)]
+    assert q_target(flat, [(0, 7), (0, 5)]) == pytest.approx(reward + TINY.gamma * 5, rel=1e-5)
+    assert q_target(flat, [(0, 7), (0, 5)], ended=1.0) == pytest.approx(reward, rel=1e-5)
+    action = [(1, 0), (1, 0)]  # the target critics read the chosen action off
+    high, low, mixed = (
+        (q_target(online, action) - reward) / TINY.gamma
+        for online in ([(1, 0), (1, 9)], [(-1, 0), (-1, 9)], [(1, 0), (-1, -9)])
+    )
+    assert high > 0.2 and low < -0.2  # of four samples, the largest and the smallest
+    assert mixed == pytest.approx(low, abs=1e-3)  # the smaller critic decides
+
+
 @pytest.mark.parametrize("total,starts,envs,delay", [(1100, 100, 5, 2), (103, 100, 1, 1)])
 def test_learning_rate_ends_with_the_budget(total, starts, envs, delay):
     """The policy's rate goes from policy_lr to policy_lr_end in a line over all its updates."""

@@ -467,7 +467,8 @@ def act(args, explore, state, obs, key, step):
 
 def replay_shape(args, obs_dim, act_dim):
     """Shape of `Replay.rows`; the spare rows are those written in two checkpoint intervals."""
-    rows = args.buffer_size + 2 * (args.checkpoint_every + args.num_envs)
+    interval = args.checkpoint_every or args.total_timesteps
+    rows = args.buffer_size + 2 * (interval + args.num_envs)
     return min(rows, args.total_timesteps + args.num_envs), 2 * obs_dim + act_dim + 2
 
 
@@ -527,7 +528,8 @@ def make_env(args, index, seed, video):
     """One environment for `make_envs`; its first episode is filmed to `video`, unless None."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*out of date|.*Overwriting existing videos")
-        env = gym.make(args.env_id, render_mode=video and "rgb_array")  # v4 is the paper's
+        kwargs = {"render_mode": "rgb_array"} if video else {}
+        env = gym.make(args.env_id, **kwargs)  # v4 is the paper's
         if video and hasattr(env.unwrapped, "mujoco_renderer"):  # 20 times faster in software:
             model, renderer = env.unwrapped.model, env.unwrapped.mujoco_renderer
             renderer.width = renderer.height = 240
@@ -777,6 +779,7 @@ def train(args, run_dir, envs, replay, state, obs, evals, rng, keys, split, stop
 
     def save(name="checkpoint.npz"):
         replay.rows.flush()
+        log.flush()
         meta = {"step": step, "rng": rng.bit_generator.state}
         save_checkpoint(run_dir / name, args, state, envs, evals, meta)
 

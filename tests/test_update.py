@@ -148,7 +148,7 @@ def test_critic_target_by_hand():
         )
         rows = random_rows(1)
         rows[:, -2:] = 2.0, ended
-        state = jax.device_put(state, split.mesh.devices.flat[0])
+        state = jax.device_put(state, shardings(TINY)[0])
         return float(update(TINY, state, jax.device_put(rows, split), key)[1]["q_target"])
 
     reward, flat = 2.0 * TINY.reward_scale, [(0, 0), (0, 0)]

@@ -648,14 +648,14 @@ def create_run_dir(args, shape):
     run_dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
     packages = ("jax", "jaxlib", "optax", "numpy", "gymnasium", "mujoco")
     versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
+    place = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    size, free = 4 * math.prod(shape) / 1e9, shutil.disk_usage(place).free / 1e9
+    if size > free:
+        raise UsageError(f"--buffer-size takes {size:.1f} GB in --run-dir, {free:.1f} are free")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if any(run_dir.iterdir()):
             raise UsageError(f"--run-dir {run_dir} is not empty; --resume goes on with a run")
-        size, free = 4 * math.prod(shape) / 1e9, shutil.disk_usage(run_dir).free / 1e9
-        if size > free:
-            run_dir.rmdir()
-            raise UsageError(f"--buffer-size takes {size:.1f} GB in --run-dir, {free:.1f} are free")
         for file, content in (("args", dataclasses.asdict(args)), ("versions", versions)):
             (run_dir / f"{file}.json").write_text(json.dumps(content, indent=2))
     except OSError as error:
@@ -669,7 +669,7 @@ def open_log(args, run_dir, step):
         import wandb
 
         wandb.init(project="simpo", name=run_dir.name, config=vars(args), sync_tensorboard=True)
-    return SummaryWriter(str(run_dir), purge_step=step or None)
+    return SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
 
 
 def log_metrics(log, metrics, step):

@@ -52,10 +52,14 @@ from tqdm import tqdm
 
 from common import solve_nu, update_lam
 
-SCRIPT = "simpo_mujoco"
+SCRIPT, ENV_FLAGS = "simpo_mujoco", "--env-id"
+PACKAGES = ("jax", "jaxlib", "optax", "numpy", "gymnasium", "mujoco")  # of versions.json
 EVAL_SEED = 2**32  # of the evaluation episodes, out of the range of --seed
 GRAD_NORM_LIMIT = 1e6  # a run past it has diverged
+CHARTS = {"episodic_return": "r", "episodic_length": "l"}  # tag: statistic of the last info
+EVAL_STATS = ("r", "l")  # columns of eval.csv after step and episode
 EVAL_CSV = {"fmt": "%d,%d,%.6f,%d", "header": "step,episode,return,length", "comments": ""}
+EVAL_MEANS = {"return": (2, ".1f")}  # columns whose means are printed, so, and logged
 LOG_EVERY = 200  # updates between two reads of the metrics; a read waits for the device
 
 
@@ -524,18 +528,32 @@ class Episodes(gym.Wrapper):
         return obs
 
 
+def open_gym(args, video):
+    """Gymnasium's environment; one that is filmed renders 240 x 240 pixels."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*out of date")  # v4 is the paper's
+        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
+    if video and hasattr(env.unwrapped, "mujoco_renderer"):
+        env.unwrapped.mujoco_renderer.width = env.unwrapped.mujoco_renderer.height = 240
+        render_fast(env.unwrapped.model)
+    return env
+
+
+open_env = open_gym
+
+
+def render_fast(model):
+    """20 times faster in software: no shadows, no multisampling, no reflections."""
+    model.vis.quality.shadowsize, model.vis.quality.offsamples = 0, 0
+    model.mat_reflectance[:] = 0
+
+
 def make_env(args, index, seed, video):
     """One environment for `make_envs`; its first episode is filmed to `video`, unless None."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*out of date|.*Overwriting existing videos")
-        kwargs = {"render_mode": "rgb_array"} if video else {}
-        env = gym.make(args.env_id, **kwargs)  # v4 is the paper's
-        if video and hasattr(env.unwrapped, "mujoco_renderer"):  # 20 times faster in software:
-            model, renderer = env.unwrapped.model, env.unwrapped.mujoco_renderer
-            renderer.width = renderer.height = 240
-            model.vis.quality.shadowsize, model.vis.quality.offsamples = 0, 0
-            model.mat_reflectance[:] = 0
-        if video:
+    env = open_env(args, video)
+    if video:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*Overwriting existing videos")
             folder, first = str(video.parent), lambda episode: episode == 0
             env = gym.wrappers.RecordVideo(env, folder, first, name_prefix=video.name)
     return Episodes(gym.wrappers.RecordEpisodeStatistics(env), seed, index)
@@ -549,13 +567,19 @@ def make_envs(args, num_envs, seed, video=None):
     try:
         envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     except (gym.error.Error, ImportError) as error:
-        raise UsageError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{ENV_FLAGS} {args.env_id}: {' '.join(str(error).split())}") from None
     obs, act = envs.single_observation_space, envs.single_action_space
     flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs, act))
     if not (flat and np.issubdtype(act.dtype, np.floating) and act.is_bounded()):
         rule = "only flat Box observations and flat, bounded, real Box actions are supported"
-        raise UsageError(f"--env-id {args.env_id}: {rule}, not {obs} and {act}")
+        raise UsageError(f"{ENV_FLAGS} {args.env_id}: {rule}, not {obs} and {act}")
     return envs
+
+
+def episode_stats(infos, i, names):
+    """Statistics of the episode of environment i that just ended, from the vector's infos."""
+    last = infos["final_info"] | infos["final_info"]["episode"]
+    return tuple(last[name][i] for name in names)
 
 
 def scale_action(envs, a0):
@@ -570,7 +594,7 @@ def scale_action(envs, a0):
 def evaluate(args, state, key, step, run_dir, stop=()):
     """eval_episodes episodes at once, best of N without noise, the same ones at every call.
 
-    -> [eval_episodes, 4] of step, episode, return, length; None once `stop` is not empty.
+    -> [eval_episodes, columns of eval.csv]; None once `stop` is not empty.
     """
     video = run_dir / "videos" / f"step-{step}" if args.capture_video else None
     envs = make_envs(args, args.eval_episodes, EVAL_SEED, video)
@@ -579,8 +603,7 @@ def evaluate(args, state, key, step, run_dir, stop=()):
         a0 = act(args, False, state, obs.astype(np.float32), key, np.int32(t))
         obs, _, _, _, infos = envs.step(scale_action(envs, np.asarray(a0)))
         for i in np.flatnonzero(infos.get("_final_info", ())):
-            stats = infos["final_info"]["episode"]
-            rows.setdefault(i, (step, i, stats["r"][i], stats["l"][i]))
+            rows.setdefault(i, (step, i, *episode_stats(infos, i, EVAL_STATS)))
         t += 1
     envs.close()
     return None if stop else np.array([rows[i] for i in sorted(rows)], np.float64)
@@ -646,8 +669,7 @@ def create_run_dir(args, shape):
     """Makes the run folder with args.json and versions.json; refuses one that is in use."""
     name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
-    packages = ("jax", "jaxlib", "optax", "numpy", "gymnasium", "mujoco")
-    versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
+    versions = {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
     place = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
     size, free = 4 * math.prod(shape) / 1e9, shutil.disk_usage(place).free / 1e9
     if size > free:
@@ -683,9 +705,12 @@ def log_metrics(log, metrics, step):
 
 
 def summary(rows):
-    """The returns of one evaluation [eval_episodes, 4] as text."""
-    mean, std = rows[:, 2].mean(), rows[:, 2].std()
-    return f"return {mean:.1f} +- {std:.1f} (std over {len(rows)} episodes)"
+    """Mean and std of EVAL_MEANS over one evaluation, rows of eval.csv, as text."""
+    parts = (
+        f"{name} {rows[:, column].mean():{fmt}} +- {rows[:, column].std():{fmt}}"
+        for name, (column, fmt) in EVAL_MEANS.items()
+    )
+    return f"{', '.join(parts)} (std over {len(rows)} episodes)"
 
 
 # ---- main -------------------------------------------------------------------------------------
@@ -755,13 +780,13 @@ def compile_apart(args, state, obs, split, width, key):
 
 
 def step_envs(envs, replay, obs, a0):
-    """One step of all environments into the replay -> next obs, and (return, length) of each
-    episode that ended. The replay gets the true last observation of an episode."""
+    """One step of all environments into the replay -> next obs, and the statistics of CHARTS of
+    each episode that ended. The replay gets the true last observation of an episode."""
     next_obs, reward, terminated, truncated, infos = envs.step(scale_action(envs, a0))
     last_obs, ended = next_obs.copy(), []
     for i in np.flatnonzero(terminated | truncated):
-        last_obs[i], stats = infos["final_obs"][i], infos["final_info"]["episode"]
-        ended.append((stats["r"][i], stats["l"][i]))
+        last_obs[i] = infos["final_obs"][i]
+        ended.append(episode_stats(infos, i, CHARTS.values()))
     for name, x in (("reward", reward[:, None]), ("observation", last_obs)):
         for i in np.flatnonzero(~np.isfinite(x).all(axis=1)):
             raise Diverged(f"{name} of environment {i} is not finite")
@@ -793,7 +818,8 @@ def train(args, run_dir, envs, replay, state, obs, evals, rng, keys, split, stop
             if rows is not None:
                 evals = np.concatenate([evals, rows])
                 np.savetxt(run_dir / "eval.csv", evals, **EVAL_CSV)
-                log.add_scalar("charts/eval_return", rows[:, 2].mean(), step)
+                for name, (column, _) in EVAL_MEANS.items():
+                    log.add_scalar(f"charts/eval_{name}", rows[:, column].mean(), step)
                 bar.write(f"step {step}: {summary(rows)}")
             start += time.perf_counter() - paused
         if stop or step > first and due(args.checkpoint_every):
@@ -808,10 +834,10 @@ def train(args, run_dir, envs, replay, state, obs, evals, rng, keys, split, stop
             obs, ended = step_envs(envs, replay, obs, np.asarray(a0))
             step = replay.written
             bar.update(args.num_envs)
-            for ret, length in ended:
-                returns.append(ret)
-                log.add_scalar("charts/episodic_return", ret, step)
-                log.add_scalar("charts/episodic_length", length, step)
+            for stats in ended:
+                returns.append(stats[0])
+                for tag, value in zip(CHARTS, stats, strict=True):
+                    log.add_scalar(f"charts/{tag}", value, step)
             if step <= args.learning_starts:
                 continue
             batch = jax.device_put(replay.sample(rng, args.batch_size), split)
@@ -842,7 +868,8 @@ def run(args, mode, run_dir, saved):
     o, d = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     whole, split = shardings(args)
     keys = jax.device_put(jax.random.split(jax.random.key(args.seed), 4), whole)
-    state, step, evals = init_state(args, o, d, keys[0]), 0, np.zeros((0, 4))
+    state, step = init_state(args, o, d, keys[0]), 0
+    evals = np.zeros((0, 2 + len(EVAL_STATS)))
     rng = np.random.default_rng(args.seed)
     arrays = None
     if mode == "evaluate" or mode == "resume" and any(run_dir.glob("checkpoint*.npz")):

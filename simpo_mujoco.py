@@ -52,14 +52,17 @@ from tqdm import tqdm
 
 from common import solve_nu, update_lam
 
-SCRIPT, ENV_FLAGS = "simpo_mujoco", "--env-id"
+SCRIPT, ENV_FLAGS, DECIMALS = "simpo_mujoco", "--env-id", 1
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "gymnasium", "mujoco")  # of versions.json
 EVAL_SEED = 2**32  # of the evaluation episodes, out of the range of --seed
 GRAD_NORM_LIMIT = 1e6  # a run past it has diverged
-CHARTS = {"episodic_return": "r", "episodic_length": "l"}  # tag: statistic of the last info
-EVAL_STATS = ("r", "l")  # columns of eval.csv after step and episode
-EVAL_CSV = {"fmt": "%d,%d,%.6f,%d", "header": "step,episode,return,length", "comments": ""}
-EVAL_MEANS = {"return": (2, ".1f")}  # columns whose means are printed, so, and logged
+EPISODE = {"return": "r", "length": "l"}  # column of eval.csv: statistic of an episode's last info
+CHARTS = {f"episodic_{name}": statistic for name, statistic in EPISODE.items()}  # by tag
+EVAL_CSV = {
+    "fmt": "%d,%d,%.6f,%d" + ",%.6f" * (len(EPISODE) - 2),
+    "header": ",".join(("step", "episode", *EPISODE)),
+    "comments": "",
+}
 LOG_EVERY = 200  # updates between two reads of the metrics; a read waits for the device
 
 
@@ -87,7 +90,7 @@ class Args:
     seed: int = 1
     """seed of the networks, environments, replay and noise"""
     run_dir: str | None = None
-    """folder of this run; default runs/{env_id}__simpo_mujoco__{seed}__{time}"""
+    """folder of this run; default runs/{env_id}__{script}__{seed}__{time}"""
     resume: str | None = None
     """run folder to go on with, bit for bit; takes its arguments from there"""
     evaluate: str | None = None
@@ -530,9 +533,7 @@ class Episodes(gym.Wrapper):
 
 def open_gym(args, video):
     """Gymnasium's environment; one that is filmed renders 240 x 240 pixels."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*out of date")  # v4 is the paper's
-        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
+    env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
     if video and hasattr(env.unwrapped, "mujoco_renderer"):
         env.unwrapped.mujoco_renderer.width = env.unwrapped.mujoco_renderer.height = 240
         render_fast(env.unwrapped.model)
@@ -550,10 +551,11 @@ def render_fast(model):
 
 def make_env(args, index, seed, video):
     """One environment for `make_envs`; its first episode is filmed to `video`, unless None."""
-    env = open_env(args, video)
-    if video:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*Overwriting existing videos")
+    with warnings.catch_warnings():  # v4 is the paper's; GLFW warns where there is no screen
+        ignored = ".*out of date|.*Overwriting existing videos|.*X11|.*GLFW"
+        warnings.filterwarnings("ignore", ignored)
+        env = open_env(args, video)
+        if video:
             folder, first = str(video.parent), lambda episode: episode == 0
             env = gym.wrappers.RecordVideo(env, folder, first, name_prefix=video.name)
     return Episodes(gym.wrappers.RecordEpisodeStatistics(env), seed, index)
@@ -570,7 +572,9 @@ def make_envs(args, num_envs, seed, video=None):
         raise UsageError(f"{ENV_FLAGS} {args.env_id}: {' '.join(str(error).split())}") from None
     obs, act = envs.single_observation_space, envs.single_action_space
     flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs, act))
-    if not (flat and np.issubdtype(act.dtype, np.floating) and act.is_bounded()):
+    real = np.issubdtype(act.dtype, np.floating)
+    # dm_control gives 1e10 as the bound of an actuator without limits
+    if not (flat and real and act.is_bounded() and np.abs([act.low, act.high]).max() < 1e10):
         rule = "only flat Box observations and flat, bounded, real Box actions are supported"
         raise UsageError(f"{ENV_FLAGS} {args.env_id}: {rule}, not {obs} and {act}")
     return envs
@@ -603,7 +607,7 @@ def evaluate(args, state, key, step, run_dir, stop=()):
         a0 = act(args, False, state, obs.astype(np.float32), key, np.int32(t))
         obs, _, _, _, infos = envs.step(scale_action(envs, np.asarray(a0)))
         for i in np.flatnonzero(infos.get("_final_info", ())):
-            rows.setdefault(i, (step, i, *episode_stats(infos, i, EVAL_STATS)))
+            rows.setdefault(i, (step, i, *episode_stats(infos, i, EPISODE.values())))
         t += 1
     envs.close()
     return None if stop else np.array([rows[i] for i in sorted(rows)], np.float64)
@@ -694,6 +698,13 @@ def open_log(args, run_dir, step):
     return SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
 
 
+def log_charts(log, values, step):
+    """Writes {tag: value}; nan stands for what an environment does not measure."""
+    for tag, value in values.items():
+        if not math.isnan(value):
+            log.add_scalar(f"charts/{tag}", value, step)
+
+
 def log_metrics(log, metrics, step):
     """Writes one update's metrics; Diverged names the first, in order of computation, to be off."""
     metrics = {name: float(value) for name, value in metrics.items()}
@@ -704,13 +715,19 @@ def log_metrics(log, metrics, step):
             raise Diverged(f"{name} is {value:.3g}")
 
 
+def eval_columns(rows):
+    """{name: values} of what one evaluation is judged by: all of EPISODE but the length."""
+    columns = zip(EPISODE, rows[:, 2:].T, strict=True)
+    return {name: x for name, x in columns if name != "length"}
+
+
 def summary(rows):
-    """Mean and std of EVAL_MEANS over one evaluation, rows of eval.csv, as text."""
-    parts = (
-        f"{name} {rows[:, column].mean():{fmt}} +- {rows[:, column].std():{fmt}}"
-        for name, (column, fmt) in EVAL_MEANS.items()
+    """Mean and std over one evaluation, as text."""
+    means = (
+        f"{name} {x.mean():.{DECIMALS}f} +- {x.std():.{DECIMALS}f}"
+        for name, x in eval_columns(rows).items()
     )
-    return f"{', '.join(parts)} (std over {len(rows)} episodes)"
+    return f"{', '.join(means)} (std over {len(rows)} episodes)"
 
 
 # ---- main -------------------------------------------------------------------------------------
@@ -782,6 +799,8 @@ def compile_apart(args, state, obs, split, width, key):
 def step_envs(envs, replay, obs, a0):
     """One step of all environments into the replay -> next obs, and the statistics of CHARTS of
     each episode that ended. The replay gets the true last observation of an episode."""
+    if not np.isfinite(a0).all():
+        raise Diverged("an action is not finite")
     next_obs, reward, terminated, truncated, infos = envs.step(scale_action(envs, a0))
     last_obs, ended = next_obs.copy(), []
     for i in np.flatnonzero(terminated | truncated):
@@ -818,8 +837,8 @@ def train(args, run_dir, envs, replay, state, obs, evals, rng, keys, split, stop
             if rows is not None:
                 evals = np.concatenate([evals, rows])
                 np.savetxt(run_dir / "eval.csv", evals, **EVAL_CSV)
-                for name, (column, _) in EVAL_MEANS.items():
-                    log.add_scalar(f"charts/eval_{name}", rows[:, column].mean(), step)
+                means = {f"eval_{name}": x.mean() for name, x in eval_columns(rows).items()}
+                log_charts(log, means, step)
                 bar.write(f"step {step}: {summary(rows)}")
             start += time.perf_counter() - paused
         if stop or step > first and due(args.checkpoint_every):
@@ -836,8 +855,7 @@ def train(args, run_dir, envs, replay, state, obs, evals, rng, keys, split, stop
             bar.update(args.num_envs)
             for stats in ended:
                 returns.append(stats[0])
-                for tag, value in zip(CHARTS, stats, strict=True):
-                    log.add_scalar(f"charts/{tag}", value, step)
+                log_charts(log, dict(zip(CHARTS, stats, strict=True)), step)
             if step <= args.learning_starts:
                 continue
             batch = jax.device_put(replay.sample(rng, args.batch_size), split)
@@ -869,7 +887,7 @@ def run(args, mode, run_dir, saved):
     whole, split = shardings(args)
     keys = jax.device_put(jax.random.split(jax.random.key(args.seed), 4), whole)
     state, step = init_state(args, o, d, keys[0]), 0
-    evals = np.zeros((0, 2 + len(EVAL_STATS)))
+    evals = np.zeros((0, 2 + len(EPISODE)))
     rng = np.random.default_rng(args.seed)
     arrays = None
     if mode == "evaluate" or mode == "resume" and any(run_dir.glob("checkpoint*.npz")):

@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 from common import solve_nu, update_lam
 
-SCRIPT, ENV_FLAGS, DECIMALS = "simpo_mujoco", "--env-id", 1
+SCRIPT, ENV_FLAGS, DECIMALS = "simpo_mujoco", "--env-id", 1  # of printed means
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "gymnasium", "mujoco")  # of versions.json
 EVAL_SEED = 2**32  # of the evaluation episodes, out of the range of --seed
 GRAD_NORM_LIMIT = 1e6  # a run past it has diverged
@@ -540,7 +540,7 @@ def open_gym(args, video):
     return env
 
 
-open_env = open_gym
+open_env = open_gym  # what `make_env` wraps
 
 
 def render_fast(model):

@@ -2,8 +2,8 @@
 
     python benchmark/collect.py runs/mujoco/* --out benchmark/returns.csv
 
-A folder is named {env_id}__{method}__{seed}. Columns: env_id, method, seed, step, episode, return,
-length, and spread, the last value of losses/spread logged by then (empty before training starts).
+A folder is named {env_id}__{method}__{seed}. Columns: env_id, method, seed, those of eval.csv, and
+spread, the last value of losses/spread logged by then (empty before training starts).
 """
 
 import csv
@@ -39,7 +39,8 @@ def read_scalars(run_dir, tag):
 
 
 def main(args):
-    columns = ["env_id", "method", "seed", "step", "episode", "return", "length", "spread"]
+    with (args.runs[0] / "eval.csv").open() as file:
+        columns = ["env_id", "method", "seed", *csv.DictReader(file).fieldnames, "spread"]
     with args.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The runs behind figure5.csv and dmc.csv: cheetah-run under the flattest and the steepest reward, three
-# weightings, two seeds. N and T are cut to 8 and 5, eps_kl shrinks with log N (0.9 of log 8 is as
-# 1.5 of log 32); everything else is the default. STEPS (environment steps of a run), SEEDS and
-# REWARDS may be set from outside; a run that is complete is skipped and a started one goes on. Pin
-# it to a core with taskset: on several cores a batch is split over devices, which changes the last
+# The runs behind figure5.csv and dmc.csv: cheetah-run under the flattest and the steepest reward,
+# three weightings, two seeds. N and T are cut to 8 and 5, eps_kl shrinks with log N (0.9 of log 8
+# is as 1.5 of log 32); everything else is the default. STEPS (environment steps of a run), SEEDS
+# and REWARDS may be set from outside; a complete run is skipped and a started one goes on. Pin it
+# to a core with taskset: on several cores a batch is split over devices, which changes the last
 # digits.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 from common import solve_nu, update_lam
 
-SCRIPT, ENV_FLAGS, DECIMALS = "simpo_dmc", "--domain, --task", 2  # of printed means
+SCRIPT, ENV_FLAGS, DECIMALS = "simpo_dmc", "--domain, --task", 3  # of printed means
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "gymnasium", "mujoco", "dm_control")
 TOP_SPEED = {"cheetah-run": 10.0, "walker-run": 8.0}  # v* of Appendix F.2, m/s
 EVAL_SEED = 2**32  # of the evaluation episodes, out of the range of --seed

@@ -323,8 +323,8 @@ def test_a_run_writes_its_folder(outcome, root):
     # sqrt(u) >= u, and u is the stock reward, so is not below the mean speed
     assert (ret > stock).all() and (stock >= 100 * speed - 1e-3).all()
     means = rows[2:].mean(axis=0)
-    line = rf"return {means[2]:.2f} \+- \S+, stock_return {means[4]:.2f} \+- \S+, "
-    assert re.search(rf"^step 2400: {line}speed {means[5]:.2f} \+- ", out, re.MULTILINE)
+    line = rf"return {means[2]:.3f} \+- \S+, stock_return {means[4]:.3f} \+- \S+, "
+    assert re.search(rf"^step 2400: {line}speed {means[5]:.3f} \+- ", out, re.MULTILINE)
 
 
 def test_tensorboard_file_holds_the_documented_tags(outcome, root):

@@ -7,7 +7,7 @@ and common.py; nothing else of the repository is needed. Time runs from t = 0 (a
 (noise), a_t = (1 - t) a0 + t noise and vel = noise - a0. Legend: S seeds, N samples.
 
 Rewards (the paper has pictures only) with b(a; m, s) = exp(-(a - m)^2 / (2 s^2)), a in [-2, 2]:
-    escape  R = 0.7 b(a; -1, 0.4) + b(a; 1.6, 0.4)      policy starts as N(-1, 0.8^2)
+    escape  R = 0.7 b(a; -1, 0.4) + b(a; 1.5, 0.4)      policy starts as N(-1, 0.8^2)
     broad   R = b(a; -1, 0.7) + b(a; 1, 0.7)            policy starts as N(0, 0.6^2)
     sharp   R = b(a; -1, 0.03) + b(a; 1, 0.03)          policy starts as N(0, 0.6^2)
 
@@ -101,9 +101,9 @@ class Args:
     """N, samples an epoch"""
     sampling_steps: int = 20
     """Euler steps of the ODE from t = 1 to 0"""
-    noise: float = 0.3
+    noise: float = 0.4
     """std of the noise on the samples trained on at the first epoch; falls to 0, linearly"""
-    policy_lr: float = 4e-3
+    policy_lr: float = 2e-3
     """Adam's rate"""
     # --- budget ---
     epochs: int | None = None
@@ -355,7 +355,7 @@ def make_landscape(m, h, s, mean, std):
 
 
 LANDSCAPES = {
-    "escape": make_landscape((-1, 1.6), (0.7, 1), (0.4, 0.4), -1, 0.8),
+    "escape": make_landscape((-1, 1.5), (0.7, 1), (0.4, 0.4), -1, 0.8),
     "broad": make_landscape((-1, 1), (1, 1), (0.7, 0.7), 0, 0.6),
     "sharp": make_landscape((-1, 1), (1, 1), (0.03, 0.03), 0, 0.6),
 }
@@ -402,30 +402,28 @@ def train_curve(args, method, landscape, learners, keys, epochs, bar):
 
 
 class Target(NamedTuple):
-    """The measure w pi_old on M nodes that cut pi_old into equal masses."""
+    """The signed measure w pi_old on M nodes, for quadrature."""
 
-    a0: jax.Array  # [M]
-    w: jax.Array  # [M], mean 1
-    q_mean: jax.Array  # of the rewards under pi_old, with q_std and nu for `target_weight`
-    q_std: jax.Array
-    nu: jax.Array
+    a0: jax.Array  # [M], evenly spaced
+    mass: jax.Array  # [M], of pi_old, sums to 1
+    w: jax.Array  # [M], mean 1 under mass
 
 
-def make_target(args, landscape, neg_clip, num_nodes=2048):
-    """Stage I without sampling error: eq. (11) by midpoint quadrature in probability."""
-    a0 = landscape.mean + landscape.std * jax.scipy.special.ndtri(
-        (jnp.arange(num_nodes) + 0.5) / num_nodes
-    )
-    reward = landscape.reward(a0)
-    nu = solve_nu(jax.nn.standardize(reward), args.lam, 1, neg_clip)
-    target = Target(a0, a0, reward.mean(), reward.std(), nu)
-    return target._replace(w=target_weight(args, landscape, neg_clip, target, a0))
+def make_target(args, landscape, neg_clip, num_nodes=2001):
+    """Stage I without sampling error: eq. (11) under the landscape's initial Gaussian."""
+    z = jnp.linspace(-6, 6, num_nodes)
+    mass = jax.nn.softmax(-(z**2) / 2)
+    a0 = landscape.mean + landscape.std * z
+    return Target(a0, mass, target_weight(args, landscape, neg_clip, a0))
 
 
-def target_weight(args, landscape, neg_clip, target, a0):
-    """w of eq. (11) at a0 [...]."""
-    q = (landscape.reward(a0) - target.q_mean) / target.q_std
-    return jnp.maximum((q - target.nu.reshape((1,) * q.ndim)) / args.lam, neg_clip)
+def target_weight(args, landscape, neg_clip, a0, num_nodes=4096):
+    """w of eq. (11) at a0 [A]; nu, mean and std of R come from nodes of equal mass of pi_old."""
+    quantiles = jax.scipy.special.ndtri((jnp.arange(num_nodes) + 0.5) / num_nodes)
+    reward = landscape.reward(landscape.mean + landscape.std * quantiles)
+    mean, std = reward.mean(), reward.std()
+    nu = solve_nu((reward - mean) / std, args.lam, 1, neg_clip)
+    return jnp.maximum(((landscape.reward(a0) - mean) / std - nu) / args.lam, neg_clip)
 
 
 def closed_form(target, at, t):
@@ -434,7 +432,7 @@ def closed_form(target, at, t):
     Where E[w | a_t] <= 0 the loss has no minimum (section 3.4, case II) and vel means nothing.
     """
     noise = (at[:, None] - (1 - t) * target.a0) / t  # [A, M]
-    posterior = jax.nn.softmax(-(noise**2) / 2, axis=-1)  # p(a0 | a_t) on the nodes
+    posterior = jax.nn.softmax(jnp.log(target.mass) - noise**2 / 2, axis=-1)  # p(a0 | a_t)
     mean_w = posterior @ target.w
     return jnp.sum(posterior * target.w * (noise - target.a0), axis=-1) / mean_w, mean_w
 
@@ -442,7 +440,7 @@ def closed_form(target, at, t):
 def path_density(target, a, t):
     """rho_t of eq. (10) at a [A], t in (0, 1]; negative where the signed measure is."""
     kernel = jnp.exp(-(((a[:, None] - (1 - t) * target.a0) / t) ** 2) / 2)
-    return kernel @ target.w / (len(target.a0) * t * math.sqrt(2 * math.pi))
+    return kernel @ (target.w * target.mass) / (t * math.sqrt(2 * math.pi))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -466,13 +464,13 @@ def closed_form_velocity(target, at, t):
     return jnp.interp(at, grid, closed_form(target, grid, t)[0])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def fit_target(args, landscape, neg_clip, num_steps, target, learner, key):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def fit_target(args, num_steps, landscape, target, learner, key):
     """The learner's network, refitted by `flow_loss` to the target on fresh samples of pi_old."""
 
     def draw(key):
         a0 = landscape.mean + landscape.std * jax.random.normal(key, (512,))
-        return a0, target_weight(args, landscape, neg_clip, target, a0)
+        return a0, jnp.interp(a0, target.a0, target.w)
 
     optimiser = flow_optimiser(dataclasses.replace(args, policy_lr=1e-3))
     opt = optimiser.init(learner.theta)
@@ -558,7 +556,7 @@ def draw_curves(run_dir, figure, curves, starts):
             band = mean - se, mean + se
             right.fill_between(range(len(mean)), *band, color=line.get_color(), alpha=0.25, lw=0)
         right.set(xlabel="epoch", ylabel="max R - E R", ylim=(0, None))
-        right.set_title(f"expected simple regret, {regret.shape[1]} seeds, +- standard error")
+        right.set_title(f"expected simple regret, {regret.shape[1]} seeds, +- standard error", size=10)
         right.legend()
     fig.tight_layout()
     save_figure(fig, run_dir, f"figure{figure}")
@@ -582,7 +580,7 @@ def draw_field(args, run_dir):
     a, rows = np.linspace(-3, 3, 241), []
     for (exact, fitted, density), clip in zip(axes, (0.0, neg_clip), strict=True):
         target = make_target(args, landscape, clip)
-        theta = fit_target(args, landscape, clip, FIELD_STEPS, target, learner, k_fit)
+        theta = fit_target(args, FIELD_STEPS, landscape, target, learner, k_fit)
         vel, mean_w = jax.lax.map(lambda t, x=target: closed_form(x, a, t), FIELD_TIMES[:-1])
         network = jax.lax.map(lambda t, x=theta: flow_velocity(x, jnp.asarray(a), t), FIELD_TIMES)
         paths = {

@@ -13,10 +13,11 @@ LAM_MIN, LAM_MAX = 1e-4, 1e4  # reward units; keeps q / lam finite when all samp
 def solve_nu(q, lam, power=1, neg_clip=0.0):
     """Normaliser nu(s) of the power weights: mean_i max(sign(y_i) |y_i|^power, neg_clip) = 1.
 
-    q [..., N] and lam > 0 in reward units, lam a scalar or [..., 1]; power > 0 and neg_clip <= 0
-    are Python numbers. Returns nu [..., 1], float32. Power 1, and power 2 with neg_clip 0, are
-    exact; any other case goes through `solve_nu_for`. nu can be no finer than float32 at the size
-    of q: where lam is much smaller than |q|, shift q first (nu moves along), as `weights` does.
+    q [..., N] and lam > 0 in reward units, lam a scalar or [..., 1]; power > 0 is a Python number,
+    neg_clip <= 0 one or a scalar array. Returns nu [..., 1], float32. Power 1, and power 2 with the
+    number 0 as neg_clip, are exact; any other case goes through `solve_nu_for`. nu can be no finer
+    than float32 at the size of q: where lam is much smaller than |q|, shift q first (nu moves
+    along), as `weights` does.
     Source: App. E, eqs. (24) and (28); for the clip: max(y, l) = l + relu(y - l), so eq. (11) is
     the problem of mass N (1 - l), and nu moves by -lam l.
     """
@@ -24,7 +25,7 @@ def solve_nu(q, lam, power=1, neg_clip=0.0):
     lam = jnp.broadcast_to(lam, (*q.shape[:-1], 1))
     if power == 1:
         return _solve_nu_linear(q, lam, 1.0 - neg_clip) - lam * neg_clip
-    if power == 2 and neg_clip == 0:
+    if power == 2 and not isinstance(neg_clip, jax.Array) and neg_clip == 0:
         return _solve_nu_square(q, lam)
     return solve_nu_for(q, lam, lambda y: jnp.maximum(jnp.sign(y) * jnp.abs(y) ** power, neg_clip))
 

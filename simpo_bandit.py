@@ -2,21 +2,19 @@
 
     python simpo_bandit.py
 
-Paper: arXiv 2603.10250, section 5.1. 20 seeds take about two minutes on two cores. Copy this file
-and common.py; nothing else of the repository is needed. Time runs from t = 0 (action) to t = 1
-(noise), a_t = (1 - t) a0 + t noise and vel = noise - a0. Legend: S seeds, N samples.
-
-Rewards (the paper has pictures only) with b(a; m, s) = exp(-(a - m)^2 / (2 s^2)), a in [-2, 2]:
-    escape  R = 0.7 b(a; -1, 0.4) + b(a; 1.5, 0.4)      policy starts as N(-1, 0.8^2)
-    broad   R = b(a; -1, 0.7) + b(a; 1, 0.7)            policy starts as N(0, 0.6^2)
-    sharp   R = b(a; -1, 0.03) + b(a; 1, 0.03)          policy starts as N(0, 0.6^2)
-
+Paper: arXiv 2603.10250, section 5.1. Copy this file and common.py. 20 seeds take a minute or two on
+two cores. Time runs from t = 0 (action) to t = 1 (noise), a_t = (1 - t) a0 + t noise and
+vel = noise - a0. Legend: S seeds, N samples. Rewards (the paper has only pictures of them), with
+b(a; m, s) = exp(-(a - m)^2 / (2 s^2)) and a in [-2, 2]:
+    escape  R = 0.7 b(a; -1, 0.4) + b(a; 1.5, 0.4)   policy starts as N(-1, 0.8^2)
+    broad   R = b(a; -1, 0.7) + b(a; 1, 0.7)         policy starts as N(0, 0.6^2)
+    sharp   R = b(a; -1, 0.03) + b(a; 1, 0.03)       policy starts as N(0, 0.6^2)
 Where the paper is silent, or we depart from it:
-1. Weights see standardised rewards; lam is a constant, or follows its dual with --eps-kl.
-2. Gaussian noise on the samples the policy is refitted to falls to 0 over the run; else it
-   collapses to a point within some epochs, whatever the weights.
-3. The clip l of Lin. Neg. falls to 0 over half of the run, and starts lower than the paper's -0.05;
-   gradients are clipped, since with negative weights the loss has no lower bound.
+1. Rewards are standardised; lam is a constant, or follows its dual with --eps-kl.
+2. Gaussian noise on the samples the policy is refitted to falls to 0 over the run; without it any
+   policy collapses to a point within some epochs.
+3. The clip l of Lin. Neg. starts at -0.6, not -0.05, and rises to 0 over half of the run. Gradients
+   are clipped, since with negative weights the loss has no lower bound.
 """
 
 import dataclasses
@@ -75,10 +73,10 @@ class Args:
     power: float | None = None
     """p of --weighting power, w = sign(y) |y|^p"""
     neg_clip: float | None = None
-    """l in eq. (11) at the first epoch, in units of w; default -0.6 for Lin. Neg., 0 with any
-    other --weighting than all"""
+    """l in eq. (11) at the first epoch, in units of w; default -0.6 for the Lin. Neg. of figure 2,
+    -0.2 for --figure field, and 0 with any --weighting but all"""
     neg_until: float = 0.5
-    """fraction of the epochs over which l falls to 0, linearly; inf keeps it constant"""
+    """fraction of the epochs over which l rises to 0, linearly; inf keeps it constant"""
     # --- run ---
     figure: Literal["2", "3", "field", "all"] = "all"
     """figure of the paper, or the velocity fields of section 3.4"""
@@ -532,7 +530,7 @@ def curve_summary(landscape, regret, samples):
 def save_figure(fig, run_dir, name):
     """Writes {name}.png and {name}.pdf and closes the figure."""
     for suffix in ("png", "pdf"):
-        fig.savefig(run_dir / f"{name}.{suffix}", dpi=110, bbox_inches="tight")
+        fig.savefig(run_dir / f"{name}.{suffix}", dpi=80, bbox_inches="tight")
     plt.close(fig)
 
 
@@ -556,7 +554,9 @@ def draw_curves(run_dir, figure, curves, starts):
             band = mean - se, mean + se
             right.fill_between(range(len(mean)), *band, color=line.get_color(), alpha=0.25, lw=0)
         right.set(xlabel="epoch", ylabel="max R - E R", ylim=(0, None))
-        right.set_title(f"expected simple regret, {regret.shape[1]} seeds, +- standard error", size=10)
+        right.set_title(
+            f"expected simple regret, {regret.shape[1]} seeds, +- standard error", size=10
+        )
         right.legend()
     fig.tight_layout()
     save_figure(fig, run_dir, f"figure{figure}")
@@ -573,7 +573,7 @@ def draw_field(args, run_dir):
     eq. (10) with particles that follow the closed form and the network: negative_mass is that of
     rho_t, tv_* are total variation distances.
     """
-    landscape, neg_clip = LANDSCAPES["escape"], args.neg_clip or -0.2
+    landscape, neg_clip = LANDSCAPES["escape"], -0.2 if args.neg_clip is None else args.neg_clip
     k_init, k_fit = jax.random.split(jax.random.key(args.seed))
     learner = jax.jit(init_learner, static_argnums=0)(args, landscape, k_init)
     fig, axes = plt.subplots(2, 3, figsize=(13, 7))
@@ -609,7 +609,11 @@ def draw_field(args, run_dir):
             label = f"samples, {name.replace('_', ' ')}"
             density.hist(path[-5], bins, density=True, color=colour, alpha=0.5, label=label)
         density.axhline(0, color="0.7", lw=0.5)
-        density.set(xlabel="a", title="density", ylim=(None, 1.3 * float(rho.max())))
+        density.set(
+            xlabel="a",
+            title="density",
+            ylim=(1.5 * float(min(rho.min(), -0.05)), 1.3 * float(rho.max())),
+        )
         density.legend(fontsize=8)
     fig.tight_layout()
     save_figure(fig, run_dir, "field")
@@ -633,52 +637,57 @@ def field_rows(label, target, paths, width=0.05):
 # ---- main -------------------------------------------------------------------------------------
 
 
-def draw_figure(args, figure, run_dir, keys, bar):
-    """Trains all curves of figure 2 or 3, writes them and returns the rows of summary.csv."""
-    curves, starts, rows = {}, {}, []
-    for name in [args.landscape] if args.landscape else FIGURES[figure]:
-        landscape, curves[name] = LANDSCAPES[name], {}
-        init = jax.jit(jax.vmap(functools.partial(init_learner, args), in_axes=(None, 0)))
-        learners = init(landscape, keys)
-        starts[name] = np.asarray(final_samples(args, learners, keys))
-        for method in methods(args, figure):
-            epochs = num_epochs(args, name)
-            bar.set_description(f"{name} {method.name}")
-            regret, samples = train_curve(args, method, landscape, learners, keys, epochs, bar)
-            curves[name][method.name] = regret
-            header = "landscape,method,seed,epoch,regret"
-            cells = curve_rows(name, method.name, args.seed, regret)
-            append_rows(run_dir / "curves.csv", header, cells)
-            numbers = curve_summary(landscape, regret, samples)
-            rows.append((name, method.name, str(args.num_seeds)))
-            rows[-1] += tuple(f"{x:.4f}" for x in numbers.values())
-            header = ",".join(("landscape", "method", "seeds", *numbers))
-            append_rows(run_dir / "summary.csv", header, rows[-1:])
-    draw_curves(run_dir, figure, curves, starts)
+def landscapes(args, figure):
+    """Names of the landscapes of figure 2 or 3 that the arguments ask for."""
+    drawn = args.figure in (figure, "all")
+    return [name for name in FIGURES[figure] if drawn and args.landscape in (name, None)]
 
 
 def num_epochs(args, landscape):
     return args.epochs or (200 if landscape == "escape" else 100)
 
 
+def train_figure(args, figure, run_dir, keys, bar):
+    """Trains the curves of figure 2 or 3; writes them, their summary and the figure."""
+    curves, starts = {}, {}
+    for name in landscapes(args, figure):
+        landscape, curves[name] = LANDSCAPES[name], {}
+        init = jax.jit(jax.vmap(functools.partial(init_learner, args), in_axes=(None, 0)))
+        learners = init(landscape, keys)
+        starts[name] = np.asarray(final_samples(args, learners, keys))
+        for method in methods(args, figure):
+            bar.set_description(f"{name} {method.name}")
+            regret, samples = train_curve(
+                args, method, landscape, learners, keys, num_epochs(args, name), bar
+            )
+            curves[name][method.name] = regret
+            rows = curve_rows(name, method.name, args.seed, regret)
+            append_rows(run_dir / "curves.csv", "landscape,method,seed,epoch,regret", rows)
+            numbers = curve_summary(landscape, regret, samples)
+            row = name, method.name, str(args.num_seeds), *(f"{x:.4f}" for x in numbers.values())
+            header = ",".join(("landscape", "method", "seeds", *numbers))
+            append_rows(run_dir / "summary.csv", header, [row])
+    draw_curves(run_dir, figure, curves, starts)
+
+
 def run_figures(args):
     """Everything that one command asks for."""
-    figures = [figure for figure in FIGURES if args.figure in (figure, "all")]
-    if args.landscape:
-        figures = [figure for figure in figures if args.landscape in FIGURES[figure]]
     run_dir, keys = open_run_dir(args), seed_keys(args)
     print(f"run folder  {run_dir}", flush=True)
-    names = {f: [args.landscape] if args.landscape else FIGURES[f] for f in figures}
-    total = sum(num_epochs(args, name) * len(methods(args, f)) for f in names for name in names[f])
+    figures = [figure for figure in FIGURES if landscapes(args, figure)]
+    total = sum(
+        num_epochs(args, name) * len(methods(args, figure))
+        for figure in figures
+        for name in landscapes(args, figure)
+    )
     with tqdm(total=total, unit="epoch", disable=None) as bar:
         for figure in figures:
-            draw_figure(args, figure, run_dir, keys, bar)
-    if args.figure == "field" or args.figure == "all" and not args.landscape:
+            train_figure(args, figure, run_dir, keys, bar)
+    if not args.landscape and args.figure in ("field", "all"):
         draw_field(args, run_dir)
     if figures:
-        table = [line.split(",") for line in (run_dir / "summary.csv").read_text().splitlines()]
-        for row in table:
-            print("  ".join(f"{cell:>12s}" for cell in row))
+        for line in (run_dir / "summary.csv").read_text().splitlines():
+            print("".join(f"{cell:>14s}" for cell in line.split(",")))
 
 
 def bandit():

@@ -72,3 +72,16 @@ def test_banners_are_the_same_in_the_same_order():
     ]
     assert banners[0] == banners[1] and len(banners[0]) == 9
     assert all(len(banner) == 97 for banner in banners[0])
+
+
+def test_the_bandit_has_the_same_banners_in_the_same_order():
+    banners = [
+        [line for line in (ROOT / name).read_text().splitlines() if line.startswith("# ----")]
+        for name in ("simpo_mujoco.py", "simpo_bandit.py")
+    ]
+    assert banners[1] == [x.replace(" diffusion -----", " flow ----------") for x in banners[0]]
+
+
+def test_the_bandit_shares_networks_and_weights_with_the_trainers():
+    shared = pieces(ROOT / "simpo_mujoco.py").keys() & pieces(ROOT / "simpo_bandit.py").keys()
+    assert {"mish", "init_mlp", "dense", "mlp", "weights", "UsageError", "Diverged"} <= shared

@@ -17,12 +17,15 @@ Where the paper is silent, or we depart from it:
    are clipped, since with negative weights the loss has no lower bound.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 from importlib.metadata import version
@@ -637,6 +640,18 @@ def field_rows(label, target, paths, width=0.05):
 # ---- main -------------------------------------------------------------------------------------
 
 
+def parse_flags(**kwargs):
+    """Args from the command line; an error of tyro's, a box of text, becomes one line."""
+    with contextlib.redirect_stderr(io.StringIO()) as box:
+        try:
+            return tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,), **kwargs)
+        except SystemExit as error:
+            if not error.code:  # --help
+                raise
+            text = box.getvalue().partition("\n")[2]  # after the title
+            raise UsageError(" ".join(re.sub("[\u2500-\u257f]", " ", text).split())) from None
+
+
 def landscapes(args, figure):
     """Names of the landscapes of figure 2 or 3 that the arguments ask for."""
     drawn = args.figure in (figure, "all")
@@ -692,7 +707,7 @@ def run_figures(args):
 
 def bandit():
     try:
-        run_figures(tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,)))
+        run_figures(parse_flags())
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

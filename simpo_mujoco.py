@@ -16,12 +16,15 @@ Where the paper is silent, or we depart from it:
 5. lam follows its dual on a log scale, without the chain rule's factor lam.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -733,14 +736,25 @@ def summary(rows):
 # ---- main -------------------------------------------------------------------------------------
 
 
+def parse_flags(**kwargs):
+    """Args from the command line; an error of tyro's, a box of text, becomes one line."""
+    with contextlib.redirect_stderr(io.StringIO()) as box:
+        try:
+            return tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,), **kwargs)
+        except SystemExit as error:
+            if not error.code:  # --help
+                raise
+            text = box.getvalue().partition("\n")[2]  # after the title
+            raise UsageError(" ".join(re.sub("[\u2500-\u257f]", " ", text).split())) from None
+
+
 def parse_args():
     """-> args, mode "train", "resume" or "evaluate", that run's folder and args, or None.
 
     --resume and --evaluate take every argument from the run folder; a flag beside them may only
     repeat it, but for what an evaluation is free to choose.
     """
-    flags = functools.partial(tyro.cli, Args, config=(tyro.conf.FlagCreatePairsOff,))
-    args = flags()
+    args = parse_flags()
     if args.track and not (find_spec("wandb") and find_spec("tensorboard")):
         raise UsageError("--track needs Weights & Biases: pip install wandb tensorboard")
     mode = "resume" if args.resume else "evaluate" if args.evaluate else "train"
@@ -751,7 +765,7 @@ def parse_args():
         saved = Args(**json.loads((run_dir / "args.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"--{mode} {run_dir} is not a run folder: {error}") from None
-    args = dataclasses.replace(flags(default=saved), **{mode: None})
+    args = dataclasses.replace(parse_flags(default=saved), **{mode: None})
     for field in dataclasses.fields(Args):
         value, old = getattr(args, field.name), getattr(saved, field.name)
         free = mode == "evaluate" and field.name in ("eval_episodes", "capture_video")

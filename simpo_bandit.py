@@ -288,6 +288,12 @@ def init_learner(args, landscape, key):
     return Learner(theta, flow_optimiser(args).init(theta), jnp.log(args.lam))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def init_learners(args, landscape, keys):
+    """`init_learner` for S seeds at once: keys [S] -> a Learner with a leading axis S."""
+    return jax.vmap(lambda key: init_learner(args, landscape, key))(keys)
+
+
 def train_epoch(args, method, landscape, learner, key, progress):
     """Algorithm 1 for one seed; progress in [0, 1) is the share of epochs done.
 
@@ -432,15 +438,16 @@ def closed_form(target, at, t):
 
     Where E[w | a_t] <= 0 the loss has no minimum (section 3.4, case II) and vel means nothing.
     """
-    noise = (at[:, None] - (1 - t) * target.a0) / t  # [A, M]
-    posterior = jax.nn.softmax(jnp.log(target.mass) - noise**2 / 2, axis=-1)  # p(a0 | a_t)
-    mean_w = posterior @ target.w
-    return jnp.sum(posterior * target.w * (noise - target.a0), axis=-1) / mean_w, mean_w
+    a0, mass, w = (x[None] for x in target)  # [1, M]
+    noise = (at[:, None] - (1 - t) * a0) / t  # [A, M]
+    posterior = jax.nn.softmax(jnp.log(mass) - noise**2 / 2, axis=-1)  # p(a0 | a_t)
+    mean_w = jnp.sum(posterior * w, axis=-1)
+    return jnp.sum(posterior * w * (noise - a0), axis=-1) / mean_w, mean_w
 
 
 def path_density(target, a, t):
     """rho_t of eq. (10) at a [A], t in (0, 1]; negative where the signed measure is."""
-    kernel = jnp.exp(-(((a[:, None] - (1 - t) * target.a0) / t) ** 2) / 2)
+    kernel = jnp.exp(-(((a[:, None] - (1 - t) * target.a0[None]) / t) ** 2) / 2)
     return kernel @ (target.w * target.mass) / (t * math.sqrt(2 * math.pi))
 
 
@@ -667,8 +674,7 @@ def train_figure(args, figure, run_dir, keys, bar):
     curves, starts = {}, {}
     for name in landscapes(args, figure):
         landscape, curves[name] = LANDSCAPES[name], {}
-        init = jax.jit(jax.vmap(functools.partial(init_learner, args), in_axes=(None, 0)))
-        learners = init(landscape, keys)
+        learners = init_learners(args, landscape, keys)
         starts[name] = np.asarray(final_samples(args, learners, keys))
         for method in methods(args, figure):
             bar.set_description(f"{name} {method.name}")

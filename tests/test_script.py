@@ -383,6 +383,10 @@ def call(monkeypatch, capsys, tmp_path):
         "--resume a --evaluate b",
         "--env-id Nonsense-v0",
         "--env-id CartPole-v1",
+        "--no-such-flag 1",
+        "--weighting cubic",
+        "--num-samples 1.5",
+        "--seed",
     ],
 )
 def test_bad_input_is_one_line_that_names_the_flag(call, tmp_path, line):

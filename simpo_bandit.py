@@ -26,6 +26,7 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 import time
 from importlib.metadata import version
@@ -388,9 +389,9 @@ def seed_keys(args):
     return jax.device_put(keys, NamedSharding(mesh, PartitionSpec("seed")))
 
 
-def train_curve(args, method, landscape, learners, keys, epochs, bar):
+def train_curve(args, method, landscape, learners, keys, epochs, bar, stop=()):
     """Trains S policies -> regret [epochs + 1, S] before each epoch and at the end, and the final
-    samples [S, FINAL_SAMPLES], which give the last row."""
+    samples [S, FINAL_SAMPLES], which give the last row. Exits once `stop` holds a signal."""
     chunk = next(n for n in range(min(20, epochs), 0, -1) if epochs % n == 0)
     regret = []
     for epoch in range(0, epochs, chunk):
@@ -400,6 +401,8 @@ def train_curve(args, method, landscape, learners, keys, epochs, bar):
         regret.append(np.asarray(metrics["regret"]))
         bar.set_postfix_str(f"spread {np.median(metrics['spread'][-1]):.3f}")
         bar.update(chunk)
+        if stop:
+            raise SystemExit(128 + stop[0])
     samples = np.asarray(final_samples(args, learners, keys))
     last = landscape.best() - landscape.reward(samples).mean(axis=1)
     regret = np.concatenate([*regret, last[None]])
@@ -659,6 +662,20 @@ def parse_flags(**kwargs):
             raise UsageError(" ".join(re.sub("[\u2500-\u257f]", " ", text).split())) from None
 
 
+def watch_signals():
+    """The list to which SIGINT and SIGTERM add their number; a second one ends the program."""
+    received = []
+
+    def note(signum, _):
+        if received:
+            raise SystemExit(128 + signum)
+        received.append(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, note)
+    return received
+
+
 def landscapes(args, figure):
     """Names of the landscapes of figure 2 or 3 that the arguments ask for."""
     drawn = args.figure in (figure, "all")
@@ -669,7 +686,7 @@ def num_epochs(args, landscape):
     return args.epochs or (200 if landscape == "escape" else 100)
 
 
-def train_figure(args, figure, run_dir, keys, bar):
+def train_figure(args, figure, run_dir, keys, bar, stop):
     """Trains the curves of figure 2 or 3; writes them, their summary and the figure."""
     curves, starts = {}, {}
     for name in landscapes(args, figure):
@@ -679,7 +696,7 @@ def train_figure(args, figure, run_dir, keys, bar):
         for method in methods(args, figure):
             bar.set_description(f"{name} {method.name}")
             regret, samples = train_curve(
-                args, method, landscape, learners, keys, num_epochs(args, name), bar
+                args, method, landscape, learners, keys, num_epochs(args, name), bar, stop
             )
             curves[name][method.name] = regret
             rows = curve_rows(name, method.name, args.seed, regret)
@@ -695,7 +712,7 @@ def run_figures(args):
     """Everything that one command asks for."""
     run_dir, keys = open_run_dir(args), seed_keys(args)
     print(f"run folder  {run_dir}", flush=True)
-    figures = [figure for figure in FIGURES if landscapes(args, figure)]
+    stop, figures = watch_signals(), [figure for figure in FIGURES if landscapes(args, figure)]
     total = sum(
         num_epochs(args, name) * len(methods(args, figure))
         for figure in figures
@@ -703,7 +720,7 @@ def run_figures(args):
     )
     with tqdm(total=total, unit="epoch", disable=None) as bar:
         for figure in figures:
-            train_figure(args, figure, run_dir, keys, bar)
+            train_figure(args, figure, run_dir, keys, bar, stop)
     if not args.landscape and args.figure in ("field", "all"):
         draw_field(args, run_dir)
     if figures:

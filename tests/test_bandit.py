@@ -27,6 +27,7 @@ CURVES = {
     "broad": ("linear", "square", "exp"),
     "sharp": ("linear", "square", "exp"),
 }
+SMALL = Args(num_seeds=2, num_samples=8, grad_steps=1, hidden_dim=8)
 each_landscape = pytest.mark.parametrize("name", LANDSCAPES)
 
 
@@ -439,3 +440,14 @@ def test_target_weights_do_not_see_the_scale_of_the_reward():
     w = [bandit.target_weight(FULL, escape._replace(h=c * escape.h), -0.2, a0) for c in (1, 50)]
     np.testing.assert_allclose(*w, atol=1e-3)
     assert np.ptp(w[0]) > 1
+
+
+def test_a_signal_stops_between_chunks_of_epochs():
+    keys, landscape = bandit.seed_keys(SMALL), LANDSCAPES["broad"]
+    learners = bandit.init_learners(SMALL, landscape, keys)
+    curve = SMALL, Method("exp", None, 0.0), landscape, learners, keys, 2, tqdm(disable=True)
+    with pytest.raises(SystemExit) as stopped:
+        bandit.train_curve(*curve, stop=[15])
+    assert stopped.value.code == 143
+    regret, samples = bandit.train_curve(*curve)
+    assert regret.shape == (3, 2) and samples.shape == (2, bandit.FINAL_SAMPLES)

@@ -72,13 +72,11 @@ class Diverged(Exception):
 @dataclasses.dataclass(frozen=True)
 class Args:
     # --- weighting ---
-    weighting: Literal["all", "exp", "linear", "square", "power", "qvpo", "wd1"] = "all"
+    weighting: Literal["all", "exp", "linear", "square", "wd1"] = "all"
     """g in eq. (9); all draws the curves of the paper's figure"""
-    power: float | None = None
-    """p of --weighting power, w = sign(y) |y|^p"""
     neg_clip: float | None = None
     """l in eq. (11) at the first epoch, in units of w; default -0.6 for the Lin. Neg. of figure 2,
-    -0.2 for --figure field, and 0 with any --weighting but all"""
+    -0.2 for the field, else none; beside --weighting linear or square, that one's own"""
     neg_until: float = 0.5
     """fraction of the epochs over which l rises to 0, linearly; inf keeps it constant"""
     # --- run ---
@@ -117,7 +115,7 @@ class Args:
 
     def __post_init__(self):
         log_n = math.log(max(self.num_samples, 1))
-        clipped, power = ("all", "linear", "square", "power"), self.weighting == "power"
+        clipped = ("all", "linear", "square")
         figure = {"escape": "2", "broad": "3", "sharp": "3"}.get(self.landscape, self.figure)
         for names, ok, rule in (
             ("num_seeds sampling_steps grad_steps hidden_dim", lambda x: x >= 1, "at least 1"),
@@ -130,8 +128,7 @@ class Args:
             ("eps_kl", lambda x: x is None or 0 < x < log_n, f"in (0, log N), log N = {log_n:.3f}"),
             ("neg_clip", lambda x: x is None or -math.inf < x <= 0, "finite and at most 0"),
             ("neg_clip", lambda x: not x or self.weighting in clipped, f"0 for {self.weighting}"),
-            ("power", lambda x: power == (x is not None), "set for --weighting power alone"),
-            ("power", lambda x: x is None or 0 < x < math.inf, "finite and above 0"),
+            ("weighting", lambda x: x == "all" or self.figure != "field", "all for the field"),
             ("landscape", lambda x: self.figure in ("all", figure), f"left to --figure {figure}"),
             ("landscape", lambda x: x is None or self.figure != "field", "left out with field"),
         ):
@@ -145,8 +142,8 @@ class Method(NamedTuple):
     """One curve; what `weights` reads."""
 
     weighting: str
-    power: float | None
     neg_clip: float
+    power: None = None
 
     @property
     def name(self):
@@ -156,10 +153,11 @@ class Method(NamedTuple):
 def methods(args, figure):
     """The curves of a figure: the paper's, or the one that --weighting asks for."""
     if args.weighting != "all":
-        return [Method(args.weighting, args.power, args.neg_clip or 0.0)]
-    neg_clip = -0.6 if args.neg_clip is None else args.neg_clip
-    signed = [Method("linear", None, neg_clip)] if figure == "2" and neg_clip else []
-    return [Method(weighting, None, 0.0) for weighting in ("linear", "square", "exp")] + signed
+        return [Method(args.weighting, args.neg_clip or 0.0)]
+    default = -0.6 if figure == "2" else 0.0
+    neg_clip = default if args.neg_clip is None else args.neg_clip
+    signed = [Method("linear", neg_clip)] if neg_clip else []
+    return [Method(weighting, 0.0) for weighting in ("linear", "square", "exp")] + signed
 
 
 # ---- networks ---------------------------------------------------------------------------------
@@ -522,20 +520,27 @@ def curve_rows(landscape, method, first_seed, regret):
             yield landscape, method, str(first_seed + i), str(epoch), f"{value:.6f}"
 
 
+def mean_and_se(x):
+    """Mean over seeds, the last axis of x [..., S], and its standard error; 0 for one seed."""
+    ddof = min(x.shape[-1] - 1, 1)
+    return x.mean(axis=-1), x.std(axis=-1, ddof=ddof) / math.sqrt(x.shape[-1])
+
+
 def curve_summary(landscape, regret, samples):
     """{column: number} of one curve: regret [epochs + 1, S], final samples [S, FINAL_SAMPLES].
 
     at_best is the share of seeds whose mean final reward is nearer to the best than to the lower
-    optimum; nan where both optima are equally good. se is the standard error over seeds.
+    optimum; nan where both optima are equally good. se is `mean_and_se`'s.
     """
-    average, lower = regret.mean(axis=0), landscape.h[1] - landscape.h[0]
-    root = math.sqrt(regret.shape[1])
+    lower = landscape.h[1] - landscape.h[0]
+    final, final_se = mean_and_se(regret[-1])
+    mean, mean_se = mean_and_se(regret.mean(axis=0))
     return {
         "at_best": np.mean(regret[-1] < lower / 2) if lower else math.nan,
-        "final_regret": regret[-1].mean(),
-        "final_se": regret[-1].std() / root,
-        "mean_regret": average.mean(),
-        "mean_se": average.std() / root,
+        "final_regret": final,
+        "final_se": final_se,
+        "mean_regret": mean,
+        "mean_se": mean_se,
         "final_spread": np.median(samples.std(axis=1)),
     }
 
@@ -562,7 +567,7 @@ def draw_curves(run_dir, figure, curves, starts):
         left.set(xlabel="action a", title=landscape)
         left.legend()
         for name, regret in methods.items():
-            mean, se = regret.mean(axis=1), regret.std(axis=1) / math.sqrt(regret.shape[1])
+            mean, se = mean_and_se(regret)
             (line,) = right.plot(mean, color=colours.get(name), label=LABELS.get(name, name))
             band = mean - se, mean + se
             right.fill_between(range(len(mean)), *band, color=line.get_color(), alpha=0.25, lw=0)

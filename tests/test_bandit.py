@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import dataclasses
 import functools
 import json
 import math
@@ -94,9 +95,9 @@ def test_summary_follows_from_curves(folder):
         expected = {
             "seeds": SEEDS,
             "final_regret": last.mean(),
-            "final_se": last.std() / math.sqrt(SEEDS),
+            "final_se": last.std(ddof=1) / math.sqrt(SEEDS),
             "mean_regret": average.mean(),
-            "mean_se": average.std() / math.sqrt(SEEDS),
+            "mean_se": average.std(ddof=1) / math.sqrt(SEEDS),
             "at_best": np.mean(last < 0.15) if row["landscape"] == "escape" else math.nan,
         }
         found = {name: float(row[name]) for name in expected}
@@ -150,9 +151,7 @@ BAD = [
     ("neg-clip", {"neg_clip": -0.1, "weighting": "exp"}),
     ("neg-clip", {"neg_clip": math.nan}),
     ("eps-kl", {"eps_kl": 5.0}),  # log 64 = 4.16
-    ("power", {"power": 2.0}),
-    ("power", {"weighting": "power"}),
-    ("power", {"weighting": "power", "power": 0.0}),
+    ("weighting", {"weighting": "exp", "figure": "field"}),
     ("landscape", {"figure": "2", "landscape": "sharp"}),
     ("landscape", {"figure": "field", "landscape": "escape"}),
     ("num-samples", {"num_samples": 1}),
@@ -171,9 +170,27 @@ def test_bad_flags_are_named(flag, values):
 
 
 def test_the_edges_of_the_flags_are_accepted():
-    Args(weighting="power", power=0.5, neg_clip=-0.1, neg_until=math.inf, eps_kl=4.1)
+    Args(weighting="square", neg_clip=-0.1, neg_until=math.inf, eps_kl=4.1)
     Args(seed=2**32 - 2, num_seeds=2, epochs=1, num_samples=2, noise=0.0)
     Args(figure="2", landscape="escape")
+
+
+@pytest.mark.parametrize(
+    "figure,flags,names",
+    [
+        ("2", {}, "linear square exp linear_neg"),
+        ("3", {}, "linear square exp"),
+        ("3", {"neg_clip": -0.1}, "linear square exp linear_neg"),
+        ("2", {"neg_clip": 0.0}, "linear square exp"),
+        ("2", {"weighting": "linear"}, "linear"),
+        ("3", {"weighting": "square", "neg_clip": -0.1}, "square_neg"),
+    ],
+)
+def test_the_curves_of_a_figure(figure, flags, names):
+    """A clip that is asked for is never dropped without a word."""
+    found = bandit.methods(Args(**flags), figure)
+    assert [method.name for method in found] == names.split()
+    assert found[-1].neg_clip == flags.get("neg_clip", -0.6 if "neg" in names else 0.0)
 
 
 @pytest.mark.parametrize("flags", ["--noise -1", "--run-dir used"])
@@ -224,7 +241,7 @@ def test_best_is_the_maximum(name):
 # ---- training ----------------------------------------------------------------------------------
 
 FULL = Args(num_seeds=8, seed=1)
-LINEAR, LINEAR_NEG = Method("linear", None, 0.0), Method("linear", None, -0.6)
+LINEAR, LINEAR_NEG = Method("linear", 0.0), Method("linear", -0.6)
 
 
 class Trained:
@@ -442,10 +459,24 @@ def test_target_weights_do_not_see_the_scale_of_the_reward():
     assert np.ptp(w[0]) > 1
 
 
+def test_the_noise_falls_to_0():
+    """At the end of a run it is the same as none; at its start it is not."""
+    key, landscape = jax.random.key(0), LANDSCAPES["broad"]
+    start = bandit.init_learner(SMALL, landscape, key)
+
+    def after(noise, progress):
+        args = dataclasses.replace(SMALL, noise=noise)
+        learner, _ = bandit.train_epoch(args, LINEAR, landscape, start, key, progress)
+        return np.concatenate([x.ravel() for x in jax.tree.leaves(learner.theta)])
+
+    np.testing.assert_array_equal(after(0.4, 1.0), after(0.0, 1.0))
+    assert np.abs(after(0.4, 0.0) - after(0.0, 0.0)).max() > 1e-4
+
+
 def test_a_signal_stops_between_chunks_of_epochs():
     keys, landscape = bandit.seed_keys(SMALL), LANDSCAPES["broad"]
     learners = bandit.init_learners(SMALL, landscape, keys)
-    curve = SMALL, Method("exp", None, 0.0), landscape, learners, keys, 2, tqdm(disable=True)
+    curve = SMALL, Method("exp", 0.0), landscape, learners, keys, 2, tqdm(disable=True)
     with pytest.raises(SystemExit) as stopped:
         bandit.train_curve(*curve, stop=[15])
     assert stopped.value.code == 143

@@ -34,8 +34,10 @@ def await_checkpoints(process, run_dir, count):
             break
     seen = set()
     while process.poll() is None and len(seen) <= count:
-        path = run_dir / "checkpoint.npz"
-        seen.add(path.stat().st_mtime_ns if path.exists() else 0)
+        try:
+            seen.add((run_dir / "checkpoint.npz").stat().st_mtime_ns)
+        except FileNotFoundError:  # before the first, and between the two renames of a later one
+            seen.add(0)
         time.sleep(0.002)
 
 

@@ -50,14 +50,19 @@ def dense(layer, x):
 
 def conv(layer, x, dilation=1):
     """x [B, L, in] with w [K, in, out] -> [B, L, out]; zeros beyond both ends."""
-    length, width = x.shape[1], layer["w"].shape[0]
-    if length < width:  # XLA for CPUs takes 300 times longer there, unless the pad comes apart
-        x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (0, width - length), (0, 0))))
     numbers, dilation = ("NWC", "WIO", "NWC"), (dilation,)
     y = jax.lax.conv_general_dilated(
         x, layer["w"], (1,), "SAME", rhs_dilation=dilation, dimension_numbers=numbers
     )
-    return y[:, :length] + layer["b"][None, None]
+    return y + layer["b"][None, None]
+
+
+def short_conv(layer, x):
+    """`conv` for L < K as one matmul; XLA for CPUs takes 300 times longer for such a conv."""
+    (_, length, _), width = x.shape, layer["w"].shape[0]
+    x = jnp.pad(x, ((0, 0), (width // 2, width // 2), (0, 0)))
+    windows = jnp.concatenate([x[:, i : i + length] for i in range(width)], axis=-1)
+    return dense({"w": layer["w"].reshape(windows.shape[-1], -1), "b": layer["b"]}, windows)
 
 
 def layer_norm(norm, x):
@@ -71,8 +76,9 @@ def gelu(x):
 
 def norm_gelu_conv(block, x):
     """Batch norm with its running statistics (folded into a scale and a shift), gelu, conv."""
-    norm = block["norm"]
-    return conv(block["conv"], gelu(x * norm["w"][None, None] + norm["b"][None, None]))
+    norm, layer = block["norm"], block["conv"]
+    x = gelu(x * norm["w"][None, None] + norm["b"][None, None])
+    return (short_conv if x.shape[1] < layer["w"].shape[0] else conv)(layer, x)
 
 
 def attention_pool(w, x):

@@ -805,7 +805,7 @@ def parse_flags(**kwargs):
     """Args from the command line; an error of tyro's, a box of text, becomes one line."""
     with contextlib.redirect_stderr(io.StringIO()) as box:
         try:
-            return tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,), **kwargs)
+            return tyro.cli(Args, **kwargs)
         except SystemExit as error:
             if not error.code:  # --help
                 raise

@@ -212,6 +212,11 @@ class Args:
                     raise UsageError(f"--{name.replace('_', '-')} must be {rule}, got {value}")
 
     @property
+    def held_out(self):
+        """The oracle that judges."""
+        return self.eval_oracle or "motif"
+
+    @property
     def first_iteration(self):
         """Gradient steps before fine-tuning, where the log's steps go on."""
         return 0 if self.pretrained else self.pretrain_steps
@@ -231,14 +236,11 @@ def dense(layer, x):
 
 def conv(layer, x, dilation=1):
     """x [B, L, in] with w [K, in, out] -> [B, L, out]; zeros beyond both ends."""
-    length, width = x.shape[1], layer["w"].shape[0]
-    if length < width:  # XLA for CPUs takes 300 times longer there, unless the pad comes apart
-        x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (0, width - length), (0, 0))))
     numbers, dilation = ("NWC", "WIO", "NWC"), (dilation,)
     y = jax.lax.conv_general_dilated(
         x, layer["w"], (1,), "SAME", rhs_dilation=dilation, dimension_numbers=numbers
     )
-    return y[:, :length] + layer["b"][None, None]
+    return y + layer["b"][None, None]
 
 
 def layer_norm(norm, x):
@@ -252,8 +254,6 @@ def init_generator(key, hidden_dim, num_layers):
     num_layers is a multiple of 5. "time" [H] of a layer stands for the original's time embedding,
     a constant because the original sets sigma to 0.
     """
-    if num_layers < 5 or num_layers % 5:
-        raise UsageError(f"the generator's layers must be a multiple of 5, got {num_layers}")
     init, h = jax.nn.initializers.lecun_normal(), hidden_dim
     k_first, *k_head = jax.random.split(key, 3)
     k_layers = jax.random.split(jax.random.fold_in(key, 1), num_layers)
@@ -738,17 +738,15 @@ def count_hits(args, motifs, x, split):
     return np.concatenate(hits, axis=1).sum(axis=0)
 
 
-def make_judge(args, data, theta, ft, shards):
+def make_judge(args, data, theta, oracles, shards):
     """Reference of the correlations: the best 0.1 % of the data, at least 200 sequences, by its
     measured column or, without one, by the held-out oracle on at most 20,000 of them."""
-    whole, split = shards
-    held_out = place(load_score(args.eval_oracle or "motif", "eval"), whole)
+    (ft, held_out), (whole, split) = oracles, shards
     motifs = place((load_motifs("ft"), load_motifs("eval")), whole)
-    if data.values is None:
-        x = data.x[:20_000]
-        value = scores(args, args.eval_oracle or "motif", held_out, x, split)
-    else:
-        x, value = data.x, as_numbers(data.values, args.data, args.score_column)
+    x, value = data
+    if value is None:
+        x = x[:20_000]
+        value = scores(args, args.held_out, held_out, x, split)
     x = x[np.argsort(-value, kind="stable")[: max(len(x) // 1000, 200)]]
     return Judge(ft, held_out, motifs, theta, kmer_counts(x), count_hits(args, motifs, x, split))
 
@@ -787,7 +785,7 @@ def measure(args, judge, x, calls, key, split):
     )
     values = (
         np.median(scores(args, args.oracle, judge.ft, x, split)),
-        np.median(scores(args, args.eval_oracle or "motif", judge.eval, x, split)),
+        np.median(scores(args, args.held_out, judge.eval, x, split)),
         stats.pearsonr(kmer_counts(x), judge.kmers).statistic,
         stats.spearmanr(count_hits(args, judge.motifs, x, split), judge.hits).statistic,
         np.median(log_lik),
@@ -859,7 +857,7 @@ def verify_oracle(args, data, split):
     values, labels = [data.values[i] for i in rows], sorted(set(data.values))
     if len(labels) != 2:
         column = as_numbers(values, args.data, args.verify_oracle)
-    for name, oracle in (("ft", args.oracle), ("eval", args.eval_oracle or "motif")):
+    for name, oracle in (("ft", args.oracle), ("eval", args.held_out)):
         q = scores(args, oracle, load_score(oracle, name), data.x[rows], split)
         if len(labels) == 2:
             high = np.array([v == labels[0] for v in values])
@@ -1074,7 +1072,7 @@ def parse_flags(**kwargs):
     """Args from the command line; an error of tyro's, a box of text, becomes one line."""
     with contextlib.redirect_stderr(io.StringIO()) as box:
         try:
-            return tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,), **kwargs)
+            return tyro.cli(Args, **kwargs)
         except SystemExit as error:
             if not error.code:  # --help
                 raise
@@ -1095,7 +1093,7 @@ def parse_command():
         return args, None
     run_dir = Path(args.resume)
     try:
-        saved = Args(**json.loads((run_dir / "args.json").read_text()))
+        saved = Args(**json.loads((run_dir / "args.json").read_text()) | {"distributed": False})
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"--resume {run_dir} is not a run folder: {error}") from None
     args = dataclasses.replace(parse_flags(default=saved), resume=None)
@@ -1144,9 +1142,12 @@ def place(tree, sharding):
 
 def fetch(tree):
     """Device arrays, wherever their parts are, as host arrays on every process."""
-    if jax.process_count() > 1:
-        return multihost_utils.process_allgather(tree, tiled=True)
-    return jax.device_get(tree)
+
+    def get(x):
+        is_spread = isinstance(x, jax.Array) and not x.is_fully_addressable
+        return multihost_utils.process_allgather(x, tiled=True) if is_spread else np.asarray(x)
+
+    return jax.tree.map(get, tree)
 
 
 def watch_signals():
@@ -1179,6 +1180,7 @@ class Phase(NamedTuple):
     first: int  # steps of the log before it
     log_every: int
     checkpoint_every: int
+    shown: str  # metric beside the progress bar
 
 
 def run_phase(args, run_dir, phase, state, step_once, whole, stop):
@@ -1212,7 +1214,7 @@ def run_phase(args, run_dir, phase, state, step_once, whole, stop):
             metrics = {name: float(value) for name, value in fetch(metrics).items()}
             names = tuple(metrics)
             curve.append([step, *metrics.values()])
-            bar.set_postfix_str(", ".join(f"{k} {metrics[k]:.3f}" for k in names[:2]))
+            bar.set_postfix_str(f"{phase.shown} {metrics[phase.shown]:.3f}")
             try:
                 log_metrics(log, metrics, phase.first + step)
             except Diverged as error:
@@ -1250,7 +1252,8 @@ def run_pretraining(args, run_dir, data, key, shards, stop):
         nll = valid_nll(state.theta, valid, k_valid) if due else None
         return state, {"valid_nll": nll, "pretrain_loss": loss, "pretrain_grad_norm": norm}
 
-    phase = Phase("pretrain", args.pretrain_steps, 0, PRETRAIN_LOG_EVERY, args.checkpoint_every)
+    every = PRETRAIN_LOG_EVERY, args.checkpoint_every
+    phase = Phase("pretrain", args.pretrain_steps, 0, *every, "valid_nll")
     state = new_state(args, "pretrain", theta)
     return run_phase(args, run_dir, phase, state, step_once, whole, stop)
 
@@ -1263,7 +1266,7 @@ def run_finetuning(args, run_dir, theta, oracle, length, key, shards, stop):
     def step_once(state, step, due):
         return finetune(args, state, theta, oracle, masks, key)
 
-    phase = Phase("finetune", args.finetune_steps, args.first_iteration, 1, 1)
+    phase = Phase("finetune", args.finetune_steps, args.first_iteration, 1, 1, "q_median")
     state = new_state(args, "finetune", jax.tree.map(jnp.copy, theta))
     return run_phase(args, run_dir, phase, state, step_once, whole, stop)
 
@@ -1287,9 +1290,11 @@ def run_dna(args, run_dir):
     if args.verify_oracle:
         verify_oracle(args, data, split)
         return 0
-    keys = jax.device_put(jax.random.split(jax.random.key(args.seed), 3), whole)
+    seed_keys = jax.jit(lambda seed: jax.random.split(jax.random.key(seed), 3), out_shardings=whole)
+    keys = seed_keys(np.uint32(args.seed))
     theta = load_theta(args, args.pretrained) if args.pretrained else None
-    oracle = None if args.pretrain_only else place(load_score(args.oracle, "ft"), whole)
+    names = () if args.pretrain_only else ((args.oracle, "ft"), (args.held_out, "eval"))
+    oracles = [place(load_score(*name), whole) for name in names]
     run_dir = run_dir or new_run_dir(args)
     if lead:
         print(f"run folder  {run_dir}")
@@ -1299,17 +1304,20 @@ def run_dna(args, run_dir):
         theta = load_theta(dataclasses.replace(args, weights="raw"), path)
     elif theta is None:
         theta = run_pretraining(args, run_dir, data, keys[0], shards, stop)
-    if theta is not None:
-        theta = place(fetch(theta), whole)
-        save_theta(path, theta)
-    if theta is None or args.pretrain_only:
+    if theta is None:
         return finish(stop, run_dir, lead)
-    tuned = run_finetuning(args, run_dir, theta, oracle, data.x.shape[1], keys[1], shards, stop)
+    theta = place(fetch(theta), whole)
+    if not path.exists():
+        save_theta(path, theta)
+    if args.pretrain_only:
+        return 0
+    length = data.x.shape[1]
+    tuned = run_finetuning(args, run_dir, theta, oracles[0], length, keys[1], shards, stop)
     if tuned is None:
         return finish(stop, run_dir, lead)
     save_theta(run_dir / "finetuned.npz", tuned)
-    judge = make_judge(args, data, theta, oracle, shards)
-    table = make_table(args, run_dir, judge, tuned, data.x.shape[1], keys[2], split, stop)
+    judge = make_judge(args, data, theta, oracles, shards)
+    table = make_table(args, run_dir, judge, tuned, length, keys[2], split, stop)
     if table is None:
         return finish(stop, run_dir, lead)
     if lead:
@@ -1328,13 +1336,16 @@ def finish(stop, run_dir, lead):
 
 
 def load_data(args):
+    """The training set; its values are numbers but for --verify-oracle, which also takes labels."""
     if args.data is None:
         return generate_data()
     column = args.verify_oracle or args.score_column
     data = read_data(args.data, column, args.drop_bad_rows)
     if args.verify_oracle and data.values is None:
         raise UsageError(f"--verify-oracle must be a column of {args.data}, got {column}")
-    return data
+    if args.verify_oracle or data.values is None:
+        return data
+    return data._replace(values=as_numbers(data.values, args.data, column))
 
 
 def dna():

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-SCRIPTS = sorted(ROOT.glob("simpo_*.py"))
+SCRIPTS = [*sorted(ROOT.glob("simpo_*.py")), ROOT / "drakes.py"]
 OWN = {"Args", "SCRIPT, ENV_FLAGS, DECIMALS", "PACKAGES", "EPISODE", "open_env"}  # may differ
 
 

@@ -33,7 +33,7 @@ def test_command_parses(file, script, line):
     assert {token for token in tokens if token.startswith("--")} <= flags | {"--help"}
     if "--help" in tokens or any(re.search(r"[${}<>]|\.\.\.", token) for token in tokens):
         return  # placeholders stand for values
-    tyro.cli(module.Args, args=tokens, config=(tyro.conf.FlagCreatePairsOff,))
+    tyro.cli(module.Args, args=tokens)
 
 
 def test_readme_names_only_files_that_exist():

@@ -170,6 +170,14 @@ class Args:
         log_n = math.log(max(self.num_samples, 1))
         kinds = {spec.partition(":")[0] for spec in (self.oracle, self.eval_oracle or self.oracle)}
         counts = "eval_samples num_groups sampling_steps pretrain_steps batch_size grad_steps"
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        unused = [  # flags that something else leaves without effect
+            (self.pretrained, "pretrain_steps pretrain_lr batch_size", "--pretrained"),
+            (self.pretrain_only, "weighting neg_clip finetune_steps grad_steps", "--pretrain-only"),
+            (self.pretrain_only, "oracle eval_oracle finetune_lr", "--pretrain-only"),
+            (not self.data, "score_column drop_bad_rows", "the generated data"),
+            (not (self.neg_clip or self.weighting == "wd1"), "neg_floor", "weights >= 0"),
+        ]
         for names, ok, rule in (
             (f"{counts} checkpoint_every", lambda x: x >= 1, "at least 1"),
             ("finetune_steps", lambda x: x >= 0, "at least 0"),
@@ -210,6 +218,11 @@ class Args:
                 value = getattr(self, name)
                 if not ok(value):
                     raise UsageError(f"--{name.replace('_', '-')} must be {rule}, got {value}")
+        for without_effect, names, cause in unused:
+            for name in names.split() if without_effect else ():
+                if getattr(self, name) != defaults[name]:
+                    flag = "--" + name.replace("_", "-")
+                    raise UsageError(f"{flag} must be left out with {cause}, where it does nothing")
 
     @property
     def held_out(self):
@@ -346,7 +359,8 @@ def is_hit(motifs, log_odds):
 @functools.partial(jax.jit, static_argnums=0)
 def score(oracle, params, x):
     """The oracle's score of sequences x [B, L] -> [B]: the motif score, or Enformer's HepG2."""
-    return motif_score(params, x) if oracle == "motif" else enformer(params, x)[:, 0]
+    with jax.default_matmul_precision("highest"):  # a GPU's TF32 is too coarse for the oracle
+        return motif_score(params, x) if oracle == "motif" else enformer(params, x)[:, 0]
 
 
 # ---- diffusion --------------------------------------------------------------------------------
@@ -1296,6 +1310,9 @@ def run_dna(args, run_dir):
     names = () if args.pretrain_only else ((args.oracle, "ft"), (args.held_out, "eval"))
     oracles = [place(load_score(*name), whole) for name in names]
     run_dir = run_dir or new_run_dir(args)
+    if (run_dir / "metrics.csv").exists():
+        print(f"{run_dir} is complete")
+        return 0
     if lead:
         print(f"run folder  {run_dir}")
         print(f"device      {split.num_devices} x {jax.devices()[0].device_kind}", flush=True)

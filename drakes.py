@@ -37,7 +37,7 @@ DAMAGE = (ValueError, LookupError, TypeError, NotImplementedError, OverflowError
 LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f920")  # of torch's format before 1.6
 
 
-class BadFile(ValueError):
+class BadFile(Exception):
     """A file that is not what was expected, said in one line."""
 
 

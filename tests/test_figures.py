@@ -1,4 +1,4 @@
-"""The figures of simpo_dmc.py: what figure 5 averages and refuses, what figure 4 draws."""
+"""What figures 4 and 5 and the table of DNA results make of run folders."""
 
 import csv
 import dataclasses
@@ -88,3 +88,23 @@ def test_figure4_draws_the_rewards(tmp_path):
     np.testing.assert_allclose(figure4["curve"]("walker", "sqrt", [0, 2, 8]), upright)
     figure4["main"](figure4["Args"](out=tmp_path / "figure4.png"))
     assert 1000 < (tmp_path / "figure4.png").stat().st_size < 300_000
+
+
+def test_dna_table_has_medians_over_seeds_and_each_peer_once(tmp_path, capsys):
+    dna_table = runpy.run_path(str(ROOT / "benchmark" / "dna_table.py"))
+    for seed, scores in enumerate(((1.0, 5.0), (2.0, 9.0), (4.0, 6.0)), start=1):
+        for method, score in zip(("exp", "linear"), scores, strict=True):
+            run_dir = tmp_path / f"sites__{method}__{seed}"
+            run_dir.mkdir()
+            lines = ("method,ft,oracle_calls", "pretrained,0.5,0", f"simpo-{method},{score},5120")
+            (run_dir / "metrics.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "sites__square__1").mkdir()  # still running
+    out = tmp_path / "dna.csv"
+    dna_table["main"](dna_table["Args"](runs=tuple(sorted(tmp_path.iterdir())), out=out))
+    rows = list(csv.DictReader(out.open()))
+    assert len(rows) == 9 and [r["ft"] for r in rows if r["method"] == "pretrained"] == ["0.5"] * 3
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| data | method | seeds | ft | oracle_calls |"
+    assert "| sites | pretrained | 3 | 0.500 | 0 |" in lines
+    assert "| sites | simpo-exp | 3 | 2.000 (1.000 to 4.000) | 5120 |" in lines
+    assert "| sites | simpo-linear | 3 | 6.000 (5.000 to 9.000) | 5120 |" in lines

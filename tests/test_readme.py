@@ -1,4 +1,4 @@
-"""Every `python simpo_mujoco.py ...` line of the README and the benchmarks is accepted as it is."""
+"""Every `python SCRIPT.py ...` line of the README and the benchmarks is accepted as it is."""
 
 import importlib
 import re

@@ -7,10 +7,11 @@ cd "$(dirname "$0")/.."
 for weighting in ${WEIGHTINGS:-linear square}; do
   for bound in ${BOUNDS:-0,0.05 -0.05,0.05 -0.2,0.05 -0.5,0.05 -1,0.05 -0.2,0 -0.5,0 -0.5,0.2}; do
     clip=${bound%,*} floor=${bound#*,}
+    bounds="--neg-clip $clip --neg-floor $floor"
+    [ "$clip" != 0 ] || bounds=
     run_dir="runs/dna_sweep/floor-${floor}__$weighting($clip)__1"
     [ -e "$run_dir/metrics.csv" ] || python simpo_dna.py --run-dir "$run_dir" \
       --pretrained runs/dna/generated__pretraining__1/pretrained.npz --no-compare \
-      --sampling-steps 32 --eval-samples 320 --weighting "$weighting" --neg-clip "$clip" \
-      $([ "$clip" = 0 ] || echo --neg-floor "$floor")
+      --sampling-steps 32 --eval-samples 320 --weighting "$weighting" $bounds
   done
 done

@@ -29,7 +29,9 @@ def test_command_parses(file, script, line):
     if not hasattr(module, "Args"):
         pytest.skip("not a script with Args, or no README yet")
     tokens = shlex.split(line)
-    flags = {"--" + name.replace("_", "-") for name in module.Args.__dataclass_fields__}
+    fields = module.Args.__dataclass_fields__.values()
+    flags = {"--" + field.name.replace("_", "-") for field in fields}
+    flags |= {"--no-" + field.name.replace("_", "-") for field in fields if field.type is bool}
     assert {token for token in tokens if token.startswith("--")} <= flags | {"--help"}
     if "--help" in tokens or any(re.search(r"[${}<>]|\.\.\.", token) for token in tokens):
         return  # placeholders stand for values

@@ -670,18 +670,20 @@ def as_numbers(values, path, column):
 def generate_data(num=20_000, length=200):
     """The embedded training set: a Markov background of order 3 with sites planted in it.
 
-    The background avoids CpG as genomes do. Half of the sequences carry sites of factors with
-    positive weight in the oracles, half of those with negative weight, one in seven of the other
-    kind; on average 3 sites, drawn from a matrix of the ft or the eval set with equal chance, on
-    either strand. Always the same set, whatever --seed.
+    Like genomes it avoids CpG and varies in GC content. Half of the sequences carry sites of
+    factors with positive weight in the oracles, half of those with negative weight, one in seven
+    of the other kind; on average 3 sites, drawn from a matrix of the ft or the eval set with equal
+    chance, on either strand. Always the same set, whatever --seed.
     """
     rng = np.random.default_rng(0)
-    share = np.exp(0.35 * rng.normal(size=(4, 4, 4, 4)))
-    share[:, :, 1, 2] *= 0.25  # CpG
-    cdf = np.cumsum(share / share.sum(axis=-1, keepdims=True), axis=-1).reshape(64, 4)
+    shapes = ((4, 4), (4, 4, 4), (4, 4, 4, 4))  # what 1, 2 and 3 bases before add
+    energy = sum(0.4 / order * rng.normal(size=s) for order, s in enumerate(shapes, start=1))
+    energy[:, :, 1, 2] -= 1.4  # CpG
+    gc = 0.4 * rng.normal(size=(num, 1)) * np.array([-1, 1, 1, -1])  # of each sequence
     x, context = np.zeros((length, num), np.uint8), rng.integers(64, size=num)
     for i, u in enumerate(rng.random((length, num))):
-        x[i] = np.sum(u[:, None] > cdf[context, :3], axis=1)
+        cdf = np.cumsum(np.exp(energy.reshape(64, 4)[context] + gc), axis=1)
+        x[i] = np.sum(u[:, None] > cdf[:, :3] / cdf[:, 3:], axis=1)
         context = (4 * context + x[i]) % 64
     x = np.ascontiguousarray(x.T)
     sets = json.loads(MOTIFS.read_text())

@@ -424,7 +424,7 @@ def smc(args, theta, oracle, x, key):
     """Sequential Monte Carlo with the potential exp(q / SMC_TEMPERATURE): x [G N, L], all masks.
 
     q is that of one draw of x0 from p(x0 | x_t) at each step; a group is resampled (systematic)
-    once its effective sample size is below N / 2. Takes T oracle calls a sequence.
+    once its effective sample size is below N / 2, and last. Takes T oracle calls a sequence.
     """
     g, n = args.num_groups, args.num_samples
 
@@ -440,6 +440,7 @@ def smc(args, theta, oracle, x, key):
         log_p, new_value = look_ahead(x, k_look)
         w = jax.nn.softmax(log_w + new_value - value, axis=-1)  # [G, N]
         low = 1 / jnp.sum(w**2, axis=-1, keepdims=True) < n / 2
+        low |= i == args.sampling_steps - 1  # what is returned has equal weights
         points = (jnp.arange(n)[None] + jax.random.uniform(k_pick, (g, 1))) / n
         pick = jax.vmap(jnp.searchsorted)(jnp.cumsum(w, axis=-1), points)
         pick = jnp.where(low, jnp.minimum(pick, n - 1), jnp.arange(n)[None])
@@ -840,7 +841,7 @@ def method_name(args):
 
 
 def make_table(args, run_dir, judge, theta, length, key, split, stop):
-    """Writes samples of every row as FASTA and metrics.csv; -> {row: (x, numbers)}."""
+    """Writes the samples of every row as FASTA; -> {row: (x, numbers)}, None if stopped."""
     calls = args.finetune_steps * args.num_groups * args.num_samples
     rows = {"pretrained": lambda k: (generate(args, judge.theta, n, length, k, split), 0)}
     n = args.eval_samples
@@ -859,10 +860,6 @@ def make_table(args, run_dir, judge, theta, length, key, split, stop):
         if lead:
             records = (f">{name}_{j}\n{seq}\n" for j, seq in enumerate(decode(x)))
             (run_dir / f"{name}.fasta").write_text("".join(records))
-    if lead:
-        lines = [",".join(("method", *COLUMNS))]
-        lines += [",".join((k, *(f"{v:.6g}" for v in m.values()))) for k, (_, m) in table.items()]
-        (run_dir / "metrics.csv").write_text("\n".join(lines) + "\n")
     return table
 
 
@@ -1214,11 +1211,11 @@ def run_phase(args, run_dir, phase, state, step_once, whole, stop):
     log = open_log(args, run_dir, logged) if lead else SummaryWriter(write_to_disk=False)
 
     def save():
-        rows = {"curve": np.array(curve, np.float64)}
-        save_arrays(path, fetch(named_leaves(state)) | rows, {"step": step, "names": names})
         if lead and curve:
             style = {"header": ",".join(("step", *names)), "comments": "", "delimiter": ","}
             np.savetxt(run_dir / f"{phase.name}.csv", curve, "%.8g", **style)
+        rows = {"curve": np.array(curve, np.float64)}
+        save_arrays(path, fetch(named_leaves(state)) | rows, {"step": step, "names": names})
 
     bar = tqdm(total=phase.total, initial=step, desc=phase.name, disable=None if lead else True)
     while step < phase.total and not stopped(stop):
@@ -1287,8 +1284,12 @@ def run_finetuning(args, run_dir, theta, oracle, length, key, shards, stop):
     return run_phase(args, run_dir, phase, state, step_once, whole, stop)
 
 
-def print_table(table):
-    """The rows of metrics.csv, in columns."""
+def write_table(table, path):
+    """Writes the rows as CSV, at once: its presence says that the run is complete; prints them."""
+    lines = [",".join(("method", *COLUMNS))]
+    lines += [",".join((k, *(f"{v:.6g}" for v in row.values()))) for k, (_, row) in table.items()]
+    path.with_suffix(".tmp").write_text("\n".join(lines) + "\n")
+    path.with_suffix(".tmp").replace(path)
     wide = max(map(len, table)) + 2
     print("method".ljust(wide) + "".join(name.rjust(13) for name in COLUMNS))
     for name, (_, numbers) in table.items():
@@ -1343,7 +1344,7 @@ def run_dna(args, run_dir):
         if args.finetune_steps:
             draw_training(run_dir)
             draw_motifs(run_dir, table["pretrained"][0], table[method_name(args)][0])
-        print_table(table)
+        write_table(table, run_dir / "metrics.csv")
     return 0
 
 

@@ -664,7 +664,7 @@ def parse_flags(**kwargs):
             if not error.code:  # --help
                 raise
             text = box.getvalue().partition("\n")[2]  # after the title
-            raise UsageError(" ".join(re.sub("[\u2500-\u257f]", " ", text).split())) from None
+            raise UsageError(" ".join(re.sub("[\u2500-\u257f]|-{4,}", " ", text).split())) from None
 
 
 def watch_signals():

@@ -602,7 +602,7 @@ def decode(x):
 def read_records(path, column):
     """Letters of each sequence of a CSV or FASTA file, and its text in `column` if there is one."""
     is_gzip = path.read_bytes()[:2] == b"\x1f\x8b"
-    with gzip.open(path, "rt") if is_gzip else path.open(newline="") as file:
+    with (gzip.open if is_gzip else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
         text = file.read()
     if text.startswith(">"):
         records = [record.partition("\n")[2] for record in text[1:].split("\n>")]
@@ -615,7 +615,7 @@ def read_records(path, column):
             f"--data {path}: expected FASTA, or CSV with a column seq or sequence, found the first "
             f"line {text[:60].partition(chr(10))[0]!r}"
         )
-    rows = [row + [""] * (len(names) - len(row)) for row in reader]
+    rows = [row + [""] * (len(names) - len(row)) for row in reader if row]
     values = [row[names.index(column)] for row in rows] if column in names else None
     return [row[seq].strip() for row in rows], values
 
@@ -851,10 +851,11 @@ def make_table(args, run_dir, judge, theta, length, key, split, stop):
     if calls:
         rows[method_name(args)] = lambda k: (generate(args, theta, n, length, k, split), calls)
     table, lead = {}, jax.process_index() == 0
-    for i, (name, draw) in enumerate(tqdm(rows.items(), "table", disable=None if lead else True)):
+    place_of = {"pretrained": 1, "best-of-n": 2, "smc": 3}  # a row's key does not depend on others
+    for name, draw in tqdm(rows.items(), "table", disable=None if lead else True):
         if stopped(stop):
             return None
-        k_draw, k_measure = jax.random.split(jax.random.fold_in(key, i))
+        k_draw, k_measure = jax.random.split(jax.random.fold_in(key, place_of.get(name, 0)))
         x, used = draw(k_draw)
         table[name] = x, measure(args, judge, x, used, k_measure, split)
         if lead:
@@ -1090,7 +1091,7 @@ def parse_flags(**kwargs):
             if not error.code:  # --help
                 raise
             text = box.getvalue().partition("\n")[2]  # after the title
-            raise UsageError(" ".join(re.sub("[\u2500-\u257f]", " ", text).split())) from None
+            raise UsageError(" ".join(re.sub("[\u2500-\u257f]|-{4,}", " ", text).split())) from None
 
 
 def parse_command():
@@ -1361,6 +1362,11 @@ def load_data(args):
         return generate_data()
     column = args.verify_oracle or args.score_column
     data = read_data(args.data, column, args.drop_bad_rows)
+    length, longest = data.x.shape[1], max(load_motifs("ft")["width"])
+    if length < longest:
+        raise UsageError(
+            f"--data must have {longest} bases or more, a motif's length, got {length}"
+        )
     if args.verify_oracle and data.values is None:
         raise UsageError(f"--verify-oracle must be a column of {args.data}, got {column}")
     if args.verify_oracle or data.values is None:

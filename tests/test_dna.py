@@ -423,6 +423,8 @@ FORMATS = {
     "csv": CSV,
     "lower": CSV.lower().rstrip("\n"),
     "crlf": CSV.replace("\n", "\r\n"),
+    "byte-order mark": "\ufeff" + CSV,
+    "blank lines": CSV.replace("\n", "\n\n"),
     "sequence": CSV.replace("seq", "sequence"),
     "csv.gz": CSV,
     "fasta": FASTA,
@@ -947,6 +949,7 @@ CHECKPOINT = f"{FIXTURES / 'pretrained.ckpt'} --data tiny.csv"
         ("--data tiny.csv --score-column cell", "cell of sequence 1 is 'a', no number"),
         ("--weights ema", "--weights"),
         ("--data absent.csv", "absent.csv"),
+        ("--data short.csv", "17 bases or more"),
         ("--pretrained used/args.json --data tiny.csv", "expected a zip file by torch.save"),
         ("--data tiny.csv --run-dir used", "--run-dir used is not empty"),
         ("--data tiny.csv --run-dir tiny.csv", "--run-dir tiny.csv"),
@@ -966,6 +969,7 @@ def test_bad_flags_are_one_line(line, word, call, root):
     used = root / "used"
     used.mkdir(exist_ok=True)
     (used / "args.json").write_text(json.dumps(vars(Args(run_dir="used"))))
+    (root / "short.csv").write_text(CSV)
     code, out, err = call(line)
     assert (code, out) == (2, "")
     assert re.fullmatch(r"error: [^\n]+\n", err) and word in err, err

@@ -231,7 +231,8 @@ def test_refit_makes_the_law_the_reweighted_one(weighting, log_p):
     w = dna.weights(Args(weighting=weighting), jnp.array(q)[None], 0.7)[0]
     assert np.mean(w) == pytest.approx(1, abs=1e-5) and np.min(w) >= 0
     target = np.bincount(rows, w, minlength=16) / 256
-    state, x0 = dna.new_state(fit, "pretrain", jax.tree.map(jnp.copy, THETA)), SEQUENCES[rows]
+    fresh = dna.init_generator(jax.random.key(0), 16, 5)
+    state, x0 = dna.new_state(fit, "pretrain", fresh), SEQUENCES[rows]
     for _ in range(1000):
         state, _, _ = dna.refit(fit, "pretrain", state, x0, w, jax.random.key(0))
     new = sampler_law(exact_log_p(state.theta), 100)

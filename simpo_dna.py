@@ -174,7 +174,8 @@ class Args:
         unused = [  # flags that something else leaves without effect
             (self.pretrained, "pretrain_steps pretrain_lr batch_size", "--pretrained"),
             (self.pretrain_only, "weighting neg_clip finetune_steps grad_steps", "--pretrain-only"),
-            (self.pretrain_only, "oracle eval_oracle finetune_lr", "--pretrain-only"),
+            (self.pretrain_only, "oracle eval_oracle finetune_lr compare", "--pretrain-only"),
+            (self.pretrain_only, "eval_samples neg_floor", "--pretrain-only"),
             (not self.data, "score_column drop_bad_rows", "the generated data"),
             (not (self.neg_clip or self.weighting == "wd1"), "neg_floor", "weights >= 0"),
         ]
@@ -771,7 +772,7 @@ def make_judge(args, data, theta, oracles, shards):
 def load_score(oracle, part):
     """Parameters of an oracle, "motif" or "enformer:FILE"; part is the motif oracle's set."""
     kind, _, path = oracle.partition(":")
-    return load_motifs(part) if kind == "motif" else drakes_file("enformer", load_oracle, path)
+    return load_motifs(part) if kind == "motif" else drakes_file(oracle, load_oracle, path)
 
 
 def drakes_file(flag, load, *args):

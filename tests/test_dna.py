@@ -945,6 +945,8 @@ CHECKPOINT = f"{FIXTURES / 'pretrained.ckpt'} --data tiny.csv"
         ("--pretrained absent.npz --pretrain-only", "--pretrain-only"),
         ("--pretrained absent.npz --pretrain-steps 3", "--pretrain-steps"),
         ("--pretrain-only --neg-clip -0.1", "--neg-clip"),
+        ("--pretrain-only --no-compare", "--compare"),
+        ("--pretrain-only --eval-samples 10", "--eval-samples"),
         ("--neg-floor 0.1", "weights >= 0"),
         ("--score-column k562", "the generated data"),
         ("--data tiny.csv --score-column cell", "cell of sequence 1 is 'a', no number"),

@@ -33,10 +33,10 @@ ENFORMER = f"enformer:{FIXTURES / 'oracle.ckpt'}"
 LENGTH = 48
 TINY = """
     --hidden-dim 16 --sampling-steps 8 --num-samples 8 --num-groups 4 --eps-kl 0.9
-    --eval-samples 32 --checkpoint-every 4 --data tiny.csv
+    --checkpoint-every 4 --data tiny.csv
 """.split()
 PRETRAIN = "--batch-size 16 --pretrain-steps 60 --pretrain-lr 5e-3".split()
-FINETUNE = "--neg-clip -0.2 --finetune-steps 4 --grad-steps 2".split()
+FINETUNE = "--neg-clip -0.2 --finetune-steps 4 --grad-steps 2 --eval-samples 32".split()
 WHOLE = [*TINY, *PRETRAIN, *FINETUNE]
 SMALL = Args(num_samples=8, eps_kl=0.9, sampling_steps=8, eval_samples=32, batch_size=16)
 
@@ -694,7 +694,8 @@ def distributed(script, root):
 
 def drakes_files(script, root):
     """The generator with both kinds of weights, and an Enformer in both roles."""
-    flags = [*TINY[2:], "--pretrained", FIXTURES / "pretrained.ckpt", "--finetune-steps"]
+    flags = [*TINY[2:], "--eval-samples", 32, "--pretrained", FIXTURES / "pretrained.ckpt"]
+    flags.append("--finetune-steps")
     ema = [*flags, 0, "--run-dir", "ema", "--weights", "ema"]
     oracle = ["--oracle", ENFORMER, "--eval-oracle", ENFORMER]
     raw = [*flags, 1, "--run-dir", "raw", "--no-compare", *oracle]

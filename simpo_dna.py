@@ -14,6 +14,7 @@ Where the paper is silent, or we depart from it:
 2. lam takes LAM_STEPS steps of its dual in every iteration, since there are few iterations.
 3. -log p has no lower bound under negative weights; they stop at p(x0_i | x_t) = --neg-floor.
 4. The clip of eq. (11) also applies to the square weight ("Sqr. Neg.").
+5. Stage II replays the last R iterations; on the newest alone the model drifts by itself.
 """
 
 import contextlib
@@ -147,21 +148,23 @@ class Args:
     weights: Literal["raw", "ema"] = "raw"
     """which weights of a Lightning checkpoint; DRAKES itself uses raw"""
     hidden_dim: int | None = None
-    """C, channels; default 64, or those of --pretrained (DRAKES has 128)"""
+    """C, channels; default 32, or those of --pretrained (DRAKES has 128)"""
     num_layers: int | None = None
     """residual layers, a multiple of 5; default 5, or those of --pretrained (DRAKES has 20)"""
     # --- budget ---
-    pretrain_steps: int = 600
+    pretrain_steps: int = 2400
     """gradient steps of pretraining"""
     batch_size: int = 64
     """sequences of one of them"""
-    pretrain_lr: float = 1e-3
-    """AdamW's rate after a tenth of them; falls to 0 by a cosine"""
+    pretrain_lr: float = 2e-3
+    """Adam's rate after a tenth of them; falls to 0 by a cosine"""
     finetune_steps: int = 40
     """iterations of SiMPO: sample G N sequences, score, weigh, refit. The last one is reported"""
     grad_steps: int = 8
-    """gradient steps of an iteration, on all of its sequences"""
-    finetune_lr: float = 3e-4
+    """gradient steps of an iteration, each on G N of the replayed sequences"""
+    replay: int = 8
+    """R, iterations whose sequences are replayed; 1 is the newest alone"""
+    finetune_lr: float = 2e-3
     """Adam's rate"""
 
     power = None  # for `weights`: there is no --power here
@@ -169,11 +172,11 @@ class Args:
     def __post_init__(self):
         log_n = math.log(max(self.num_samples, 1))
         kinds = {spec.partition(":")[0] for spec in (self.oracle, self.eval_oracle or self.oracle)}
-        counts = "eval_samples num_groups sampling_steps pretrain_steps batch_size grad_steps"
+        counts = "eval_samples num_groups sampling_steps pretrain_steps batch_size grad_steps replay"
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         unused = [  # flags that something else leaves without effect
             (self.pretrained, "pretrain_steps pretrain_lr batch_size", "--pretrained"),
-            (self.pretrain_only, "weighting neg_clip finetune_steps grad_steps", "--pretrain-only"),
+            (self.pretrain_only, "weighting neg_clip finetune_steps grad_steps replay", "--pretrain-only"),
             (self.pretrain_only, "oracle eval_oracle finetune_lr compare", "--pretrain-only"),
             (self.pretrain_only, "eval_samples neg_floor", "--pretrain-only"),
             (not self.data, "score_column drop_bad_rows", "the generated data"),
@@ -487,6 +490,7 @@ class TrainState(NamedTuple):
     opt: optax.OptState
     log_lam: jax.Array
     step: jax.Array  # gradient steps done
+    replay: tuple  # in fine-tuning x0 [R G N, L] and w [R G N], the newest last
 
 
 def optimiser(args, phase):
@@ -500,9 +504,11 @@ def optimiser(args, phase):
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
 
-def new_state(args, phase, theta):
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(theta, optimiser(args, phase).init(theta), jnp.zeros(()), zero)
+def new_state(args, phase, theta, length=0):
+    zero, rows = jnp.zeros((), jnp.int32), args.replay * args.num_groups * args.num_samples
+    replay = np.zeros((rows, length), np.int32), np.zeros(rows, np.float32)
+    replay = replay if phase == "finetune" else ()
+    return TrainState(theta, optimiser(args, phase).init(theta), jnp.zeros(()), zero, replay)
 
 
 def subs_loss(theta, x0, w, key, neg_floor=0.0):
@@ -560,6 +566,13 @@ def weigh(args, state, theta_pretrained, oracle, x0, key):
     return w.reshape(-1), state._replace(log_lam=log_lam), metrics
 
 
+def remember(replay, new, is_first):
+    """Host arrays (x0, w) with the oldest rows replaced by `new`; the first ones take all places."""
+    if is_first:
+        return tuple(np.resize(n, old.shape) for old, n in zip(replay, new, strict=True))
+    return tuple(np.concatenate([old[len(n) :], n]) for old, n in zip(replay, new, strict=True))
+
+
 def finetune(args, state, theta_pretrained, oracle, masks, key):
     """One iteration of SiMPO from masks [G N, L]: sample, weigh, grad_steps steps of stage II.
 
@@ -567,14 +580,19 @@ def finetune(args, state, theta_pretrained, oracle, masks, key):
     makes the gradient of a convolution 90 times slower inside a loop.
     """
     k_sample, k_bound, k_refit = jax.random.split(jax.random.fold_in(key, state.step), 3)
+    step, replay, state = int(fetch(state.step)), fetch(state.replay), state._replace(replay=())
     x0 = sample_sequences(state.theta, args.sampling_steps, masks, k_sample)
     w, state, metrics = weigh(args, state, theta_pretrained, oracle, x0, k_bound)
-    losses, norms = [], []
+    replay = remember(replay, fetch((x0, w)), is_first=step == 0)
+    rng, losses, norms = np.random.default_rng([args.seed, 2, step]), [], []
     for _ in range(args.grad_steps):
+        rows = rng.choice(len(replay[1]), len(masks), replace=False)
+        x0, w = place([part[rows] for part in replay], masks.sharding)
         state, loss, norm = refit(args, "finetune", state, x0, w, k_refit)
         losses.append(loss)
         norms.append(norm)
-    return state, metrics | {"loss": sum(losses) / len(losses), "grad_norm": max(norms)}
+    metrics |= {"loss": sum(losses) / len(losses), "grad_norm": max(norms)}
+    return state._replace(replay=replay), metrics
 
 
 # ---- replay and envs --------------------------------------------------------------------------
@@ -672,10 +690,11 @@ def as_numbers(values, path, column):
 def generate_data(num=20_000, length=200):
     """The embedded training set: a Markov background of order 3 with sites planted in it.
 
-    Like genomes it avoids CpG and varies in GC content. Half of the sequences carry sites of
-    factors with positive weight in the oracles, half of those with negative weight, one in seven
-    of the other kind; on average 3 sites, drawn from a matrix of the ft or the eval set with equal
-    chance, on either strand. Always the same set, whatever --seed.
+    Like genomes it avoids CpG, varies in GC content and has clusters of sites of few factors: a
+    sequence has three matrices of the ft and the eval set, drawn with repetition, and on average 6
+    sites of these, on either strand. Half of the sequences take theirs among the factors with
+    positive weight in the oracles, half among those with negative weight, one in seven from the
+    others. Always the same set, whatever --seed.
     """
     rng = np.random.default_rng(0)
     shapes = ((4, 4), (4, 4, 4), (4, 4, 4, 4))  # what 1, 2 and 3 bases before add
@@ -693,11 +712,12 @@ def generate_data(num=20_000, length=200):
     for part in sets.values():
         for counts, w in zip(part["pfm_counts"], part["w"][:-1], strict=True):
             sites[np.sign(w)].append(np.cumsum(motif_shares(counts), axis=1))
-    for i, number in enumerate(1 + rng.poisson(2, num)):
+    for i, number in enumerate(2 + rng.poisson(4, num)):
         own = 1 if i % 2 else -1
-        for kind in np.where(rng.random(number) < 1 / 7, -own, own):
-            cdf = sites[kind][rng.integers(len(sites[kind]))]
-            site = np.sum(rng.random((len(cdf), 1)) > cdf[:, :3], axis=1)
+        kinds = np.where(rng.random(3) < 1 / 7, -own, own)
+        palette = [sites[kind][rng.integers(len(sites[kind]))] for kind in kinds]
+        for j in rng.integers(3, size=number):
+            site = np.sum(rng.random((len(palette[j]), 1)) > palette[j][:, :3], axis=1)
             start = rng.integers(length - len(site) + 1)
             x[i, start : start + len(site)] = site if rng.random() < 0.5 else 3 - site[::-1]
     return Data(x, None)
@@ -1254,7 +1274,7 @@ def run_pretraining(args, run_dir, data, key, shards, stop):
     """Trains a generator on the data, but for VALID sequences; -> theta, or None if stopped."""
     whole, split = shards
     k_init, k_refit, k_valid = jax.random.split(key, 3)
-    theta = init_generator(k_init, args.hidden_dim or 64, args.num_layers or 5)
+    theta = init_generator(k_init, args.hidden_dim or 32, args.num_layers or 5)
     order = np.random.default_rng([args.seed, 0]).permutation(len(data.x))
     num_valid = split.num_devices * max(min(VALID, len(order) // 10) // split.num_devices, 1)
     valid = place(data.x[order[:num_valid]].astype(np.int32), split)
@@ -1282,7 +1302,7 @@ def run_finetuning(args, run_dir, theta, oracle, length, key, shards, stop):
         return finetune(args, state, theta, oracle, masks, key)
 
     phase = Phase("finetune", args.finetune_steps, args.first_iteration, 1, 1, "q_median")
-    state = new_state(args, "finetune", jax.tree.map(jnp.copy, theta))
+    state = new_state(args, "finetune", jax.tree.map(jnp.copy, theta), length)
     return run_phase(args, run_dir, phase, state, step_once, whole, stop)
 
 

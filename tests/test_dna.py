@@ -585,7 +585,7 @@ def test_finetuning_raises_the_score_and_compiles_once(motifs, shards, tmp_path,
     assert q[-3:].mean() > q[:3].mean() + 1
     assert np.all(np.abs(curve["kl"][5:] - 1.5) < 0.5)
     masks = dna.place(np.full((64, LENGTH), dna.MASK, np.int32), shards[1])
-    new = dna.new_state(args, "finetune", theta)
+    new = dna.new_state(args, "finetune", theta, LENGTH)
     states = [dna.place(new._replace(step=np.int32(i)), shards[0]) for i in (0, 8)]
     both = [dna.finetune(args, state, theta, place, masks, key)[1] for state in states]
     assert both[0]["q_median"] != both[1]["q_median"]  # an iteration has noise of its own

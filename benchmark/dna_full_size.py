@@ -1,0 +1,124 @@
+"""Parity with the original classes, time and memory at the full size of DRAKES' networks.
+
+    python tests/fixtures/make_dna_fixtures.py --full --out FOLDER --drakes DIR --grelu DIR
+    python benchmark/dna_full_size.py FOLDER
+
+The first command (its docstring says what it needs) writes checkpoints of the published sizes with
+random weights, and their outputs, to FOLDER. Appends nothing: --out is written anew, a row
+`network, quantity, value` each. Each network is measured in a process of its own; memory is that
+process's peak, the reading of the file included.
+"""
+
+import csv
+import dataclasses
+import multiprocessing
+import resource
+import sys
+import time
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    folder: tyro.conf.Positional[Path]
+    """where make_dna_fixtures.py --full wrote"""
+    batch_size: int = 64
+    """sequences of a call"""
+    repeats: int = 3
+    """calls after the first, which compiles; the fastest counts"""
+    out: Path = Path("benchmark/dna_full_size.csv")
+    """the CSV to write"""
+
+
+def seconds(f, repeats):
+    """Of the fastest of `repeats` calls, after one that compiles."""
+    import jax
+
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(f())
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def load(load_network, path):
+    """-> the network, rows of its size, reading time and memory."""
+    import jax
+
+    start = time.perf_counter()
+    params = jax.block_until_ready(load_network(path))
+    rows = {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "file, GB": path.stat().st_size / 1e9,
+        "reading, s": time.perf_counter() - start,
+        "peak memory after reading, GB": peak_memory(),
+    }
+    return params, rows
+
+
+def peak_memory():
+    """Of this process so far, GB (Linux counts in kB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def measure_oracle(args, send):
+    import jax
+    import numpy as np
+
+    import drakes
+    import simpo_dna as dna
+
+    params, rows = load(drakes.load_oracle, args.folder / "oracle.ckpt")
+    expected = np.load(args.folder / "oracle.npz")
+    y = expected["y200"]
+    error = np.abs(dna.score("enformer", params, expected["x200"].astype(np.int32)) - y[:, 0])
+    rows["largest error / largest output"] = error.max() / np.abs(y[:, 0]).max()
+    x = jax.random.randint(jax.random.key(0), (args.batch_size, 200), 0, 4)
+    call = seconds(lambda: dna.score("enformer", params, x), args.repeats)
+    rows[f"call on {args.batch_size} sequences, s"] = call
+    send(rows | {"peak memory, GB": peak_memory()})
+
+
+def measure_generator(args, send):
+    import jax
+    import numpy as np
+
+    import drakes
+    import simpo_dna as dna
+
+    theta, rows = load(drakes.load_generator, args.folder / "pretrained.ckpt")
+    expected = np.load(args.folder / "pretrained.npz")
+    found = jax.jit(dna.logits)(theta, expected["x"].astype(np.int32))
+    rows["largest error / largest output"] = (
+        np.abs(found - expected["raw"]).max() / np.abs(expected["raw"]).max()
+    )
+    masks = np.full((args.batch_size, 200), dna.MASK, np.int32)
+    key = jax.random.key(0)
+    time_128 = seconds(lambda: dna.sample_sequences(theta, 128, masks, key), args.repeats)
+    rows[f"sampling {args.batch_size} sequences in 128 steps, s"] = time_128
+    send(rows | {"peak memory, GB": peak_memory()})
+
+
+def main(args):
+    spawn = multiprocessing.get_context("spawn")
+    with args.out.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("network", "quantity", "value"))
+        for name, measure in (("oracle", measure_oracle), ("generator", measure_generator)):
+            receiver, sender = spawn.Pipe(duplex=False)
+            process = spawn.Process(target=measure, args=(args, sender.send))
+            process.start()
+            sender.close()
+            for quantity, value in receiver.recv().items():
+                writer.writerow((name, quantity, f"{value:.4g}"))
+                print(f"{name:10} {quantity:45} {value:.4g}", flush=True)
+            process.join()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -172,18 +172,18 @@ class Args:
     def __post_init__(self):
         log_n = math.log(max(self.num_samples, 1))
         kinds = {spec.partition(":")[0] for spec in (self.oracle, self.eval_oracle or self.oracle)}
-        counts = "eval_samples num_groups sampling_steps pretrain_steps batch_size grad_steps replay"
+        counts = "eval_samples num_groups sampling_steps pretrain_steps batch_size grad_steps"
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         unused = [  # flags that something else leaves without effect
             (self.pretrained, "pretrain_steps pretrain_lr batch_size", "--pretrained"),
-            (self.pretrain_only, "weighting neg_clip finetune_steps grad_steps replay", "--pretrain-only"),
+            (self.pretrain_only, "weighting neg_clip finetune_steps grad_steps", "--pretrain-only"),
             (self.pretrain_only, "oracle eval_oracle finetune_lr compare", "--pretrain-only"),
-            (self.pretrain_only, "eval_samples neg_floor", "--pretrain-only"),
+            (self.pretrain_only, "eval_samples neg_floor replay", "--pretrain-only"),
             (not self.data, "score_column drop_bad_rows", "the generated data"),
             (not (self.neg_clip or self.weighting == "wd1"), "neg_floor", "weights >= 0"),
         ]
         for names, ok, rule in (
-            (f"{counts} checkpoint_every", lambda x: x >= 1, "at least 1"),
+            (f"{counts} replay checkpoint_every", lambda x: x >= 1, "at least 1"),
             ("finetune_steps", lambda x: x >= 0, "at least 0"),
             ("pretrain_lr finetune_lr", lambda x: 0 < x < math.inf, "finite and above 0"),
             ("seed", lambda x: 0 <= x < 2**32, "in [0, 2^32)"),
@@ -567,7 +567,7 @@ def weigh(args, state, theta_pretrained, oracle, x0, key):
 
 
 def remember(replay, new, is_first):
-    """Host arrays (x0, w) with the oldest rows replaced by `new`; the first ones take all places."""
+    """Host arrays (x0, w), their oldest rows replaced by `new`; the first ones take all places."""
     if is_first:
         return tuple(np.resize(n, old.shape) for old, n in zip(replay, new, strict=True))
     return tuple(np.concatenate([old[len(n) :], n]) for old, n in zip(replay, new, strict=True))

@@ -1,17 +1,34 @@
 #!/usr/bin/env bash
-# The runs behind dna_sweep.csv: what bounds the negative weights, --neg-clip against --neg-floor, on
-# the pretrained model of seed 1 (benchmark/dna.sh makes it), with a quarter of the default's sampling
-# steps and half of its sequences. A complete run is skipped.
+# The runs behind dna_sweep.csv, all from the pretrained model of seed 1 (benchmark/dna.sh makes it)
+# and with a quarter of the default's sampling steps and half of its evaluation: what bounds the
+# negative weights, and what the replay does. ONLY, a regular expression, selects run folders. A
+# complete run is skipped, a started one goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for weighting in ${WEIGHTINGS:-linear square}; do
-  for bound in ${BOUNDS:-0,0.05 -0.05,0.05 -0.2,0.05 -0.5,0.05 -1,0.05 -0.2,0 -0.5,0 -0.5,0.2}; do
-    clip=${bound%,*} floor=${bound#*,}
-    bounds="--neg-clip $clip --neg-floor $floor"
-    [ "$clip" != 0 ] || bounds=
-    run_dir="runs/dna_sweep/floor-${floor}__$weighting($clip)__1"
-    [ -e "$run_dir/metrics.csv" ] || python simpo_dna.py --run-dir "$run_dir" \
-      --pretrained runs/dna/generated__pretraining__1/pretrained.npz --no-compare \
-      --sampling-steps 32 --eval-samples 320 --weighting "$weighting" $bounds
+
+train() { # train GROUP METHOD FLAGS
+  local run_dir="runs/dna_sweep/$1__$2__1"
+  [[ $run_dir =~ ${ONLY:-.} && ! -e $run_dir/metrics.csv ]] || return 0
+  if [ -e "$run_dir/args.json" ]; then
+    python simpo_dna.py --resume "$run_dir"
+  else
+    python simpo_dna.py --run-dir "$run_dir" --no-compare --sampling-steps 32 \
+      --eval-samples 320 --pretrained runs/dna/generated__pretraining__1/pretrained.npz "${@:3}"
+  fi
+}
+
+train weights exp --weighting exp
+for weighting in linear square; do
+  train weights "$weighting" --weighting "$weighting"
+  for clip in -0.2 -0.5 -1 -2; do
+    train floor-0.05 "$weighting($clip)" --weighting "$weighting" --neg-clip "$clip"
   done
 done
+for floor in 0 0.2; do
+  train "floor-$floor" "linear(-1)" --neg-clip -1 --neg-floor "$floor"
+done
+# eps_kl 0.001 makes lam so large that all weights are nearly 1: what the model does by itself
+for replay in 1 8; do
+  train "replay-$replay" uniform --weighting exp --eps-kl 0.001 --replay "$replay"
+done
+train replay-1 exp --weighting exp --replay 1

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The runs behind dna.csv: one pretrained model a seed, then every weighting from it, the peers
-# beside exp. DATA (a file of sequences; default the generated set), NAME (of the folders), SEEDS
-# and METHODS may be set from outside; a complete run is skipped and a started one goes on.
+# The runs behind dna.csv: one pretrained model a seed, then every weighting from it, with a quarter
+# of the default's sampling steps; the peers beside exp. DATA (a file of sequences; default the
+# generated set), NAME (of the folders), SEEDS and METHODS may be set from outside; a complete run
+# is skipped and a started one goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${NAME:-generated}
@@ -22,11 +23,11 @@ for seed in ${SEEDS:-1 2 3}; do
   if [ ! -e "$pretrained/pretrained.npz" ]; then
     train "$pretrained" --pretrain-only --seed "$seed"
   fi
-  start="--pretrained $pretrained/pretrained.npz --seed $seed"
+  start="--pretrained $pretrained/pretrained.npz --sampling-steps 32 --seed $seed"
   for method in ${METHODS:-exp linear square wd1 linear_neg square_neg}; do
     flags="--weighting ${method%_neg}"
     [ "$method" = exp ] || flags+=" --no-compare"
-    [ "${method%_neg}" = "$method" ] || flags+=" --neg-clip ${NEG_CLIP:--0.2}"
+    [ "${method%_neg}" = "$method" ] || flags+=" --neg-clip ${NEG_CLIP:--0.5}"
     train "runs/dna/${name}__${method}__$seed" $start $flags
   done
 done

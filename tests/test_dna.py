@@ -6,6 +6,7 @@ test waits for its scenario and looks at what it left.
 
 import copy
 import csv
+import dataclasses
 import functools
 import gzip
 import itertools
@@ -589,6 +590,37 @@ def test_finetuning_raises_the_score_and_compiles_once(motifs, shards, tmp_path,
     states = [dna.place(new._replace(step=np.int32(i)), shards[0]) for i in (0, 8)]
     both = [dna.finetune(args, state, theta, place, masks, key)[1] for state in states]
     assert both[0]["q_median"] != both[1]["q_median"]  # an iteration has noise of its own
+
+
+def test_gradient_steps_replay_the_last_iterations(motifs, shards, judge, monkeypatch):
+    """Each on G N rows of the replay, without repetition; the newest ones are its last."""
+    args = dataclasses.replace(SMALL, neg_clip=-0.5, grad_steps=6, replay=3)
+    key, oracle = jax.device_put(jax.random.key(0), shards[0]), dna.place(motifs, shards[0])
+    masks = dna.place(np.full((32, LENGTH), dna.MASK, np.int32), shards[1])
+    theta = jax.tree.map(jnp.copy, judge.theta)  # refit gives it away
+    state = dna.place(dna.new_state(args, "finetune", theta, LENGTH), shards[0])
+    refit, used, newest = dna.refit, [], []
+
+    def watched(args, phase, state, x0, w, key):
+        used.append([(*x, float(v)) for x, v in zip(np.asarray(x0).tolist(), w, strict=True)])
+        return refit(args, phase, state, x0, w, key)
+
+    monkeypatch.setattr(dna, "refit", watched)
+    for i in range(4):
+        used.clear()
+        state, _ = dna.finetune(args, state, judge.theta, oracle, masks, key)
+        x0, w = state.replay
+        assert x0.shape == (96, LENGTH) and w.shape == (96,)
+        newest.append(np.concatenate([x0[-32:], w[-32:, None]], axis=1))
+        np.testing.assert_allclose(w.reshape(-1, 8).mean(axis=1), 1, atol=1e-5)
+        expected = np.concatenate([newest[max(j, 0)] for j in (i - 2, i - 1, i)])
+        np.testing.assert_array_equal(np.concatenate([x0, w[:, None]], axis=1), expected)
+        rows = {tuple(row) for row in np.concatenate([x0, w[:, None]], axis=1).tolist()}
+        assert len(used) == 6 and rows >= {row for step in used for row in step}
+        assert len({row for step in used for row in step}) > min(i + 1, 3) * 20
+        assert len(rows) == 32 * min(i + 1, 3)
+        if i >= 2:
+            assert all(len(set(step)) == 32 for step in used)
 
 
 # ---- the script -------------------------------------------------------------------------------

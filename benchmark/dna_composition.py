@@ -1,4 +1,4 @@
-"""How far the motif oracles rise with composition alone: medians for sequences of independent bases.
+"""What composition alone scores under the motif oracles: medians over random sequences.
 
     python benchmark/dna_composition.py
 

@@ -27,7 +27,7 @@ for seed in ${SEEDS:-1 2 3}; do
   for method in ${METHODS:-exp linear square wd1 linear_neg square_neg}; do
     flags="--weighting ${method%_neg}"
     [ "$method" = exp ] || flags+=" --no-compare"
-    [ "${method%_neg}" = "$method" ] || flags+=" --neg-clip ${NEG_CLIP:--0.5}"
+    [ "${method%_neg}" = "$method" ] || flags+=" --neg-clip ${NEG_CLIP:--1}"
     train "runs/dna/${name}__${method}__$seed" $start $flags
   done
 done

@@ -1,6 +1,6 @@
 """SiMPO on DNA: fine-tune a masked diffusion model of 200-bp sequences on a reward (Table 3).
 
-    python simpo_dna.py --weighting linear --neg-clip -0.2
+    python simpo_dna.py --weighting square --neg-clip -1
 
 Paper: arXiv 2603.10250, section 5.3. Copy this file, common.py, drakes.py and data/. Without flags
 it pretrains a small model on generated sequences and fine-tunes it on a motif score; on the files

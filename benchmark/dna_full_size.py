@@ -4,9 +4,8 @@
     python benchmark/dna_full_size.py FOLDER
 
 The first command (its docstring says what it needs) writes checkpoints of the published sizes with
-random weights, and their outputs, to FOLDER. Appends nothing: --out is written anew, a row
-`network, quantity, value` each. Each network is measured in a process of its own; memory is that
-process's peak, the reading of the file included.
+random weights, and their outputs, to FOLDER. --out gets the rows `network, quantity, value`. Each
+network is measured in a process of its own; memory is that process's peak so far.
 """
 
 import csv
@@ -115,8 +114,9 @@ def main(args):
             process.start()
             sender.close()
             for quantity, value in receiver.recv().items():
-                writer.writerow((name, quantity, f"{value:.4g}"))
-                print(f"{name:10} {quantity:45} {value:.4g}", flush=True)
+                value = value if isinstance(value, int) else f"{value:.4g}"
+                writer.writerow((name, quantity, value))
+                print(f"{name:10} {quantity:45} {value}", flush=True)
             process.join()
 
 

@@ -490,7 +490,7 @@ class TrainState(NamedTuple):
     opt: optax.OptState
     log_lam: jax.Array
     step: jax.Array  # gradient steps done
-    replay: tuple  # in fine-tuning x0 [R G N, L] and w [R G N], the newest last
+    replay: tuple = ()  # in fine-tuning x0 [R G N, L] and w [R G N], the newest last
 
 
 def optimiser(args, phase):

@@ -20,7 +20,7 @@ train() { # train GROUP METHOD FLAGS
 train weights exp --weighting exp
 for weighting in linear square; do
   train weights "$weighting" --weighting "$weighting"
-  for clip in -0.2 -0.5 -1 -2; do
+  for clip in -0.5 -1 -2; do
     train floor-0.05 "$weighting($clip)" --weighting "$weighting" --neg-clip "$clip"
   done
 done
@@ -29,6 +29,5 @@ for floor in 0 0.2; do
 done
 # eps_kl 0.001 makes lam so large that all weights are nearly 1: what the model does by itself
 for replay in 1 8; do
-  train "replay-$replay" uniform --weighting exp --eps-kl 0.001 --replay "$replay"
+  train "uniform-replay-$replay" exp --weighting exp --eps-kl 0.001 --replay "$replay"
 done
-train replay-1 exp --weighting exp --replay 1

@@ -106,7 +106,7 @@ def measure_generator(args, send):
 def main(args):
     for name in ("oracle", "pretrained"):
         if not (args.folder / f"{name}.ckpt").exists():
-            sys.exit(f"error: {args.folder} has no {name}.ckpt; make_dna_fixtures.py --full makes it")
+            sys.exit(f"error: {args.folder} has no {name}.ckpt of make_dna_fixtures.py --full")
     spawn = multiprocessing.get_context("spawn")
     with args.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -3,9 +3,9 @@
     python simpo_dmc.py --domain cheetah --task run --reward exp
 
 Paper: arXiv 2603.10250, Algorithm 1 and section 5.2. Copy this file and common.py; nothing else of
-the repository is needed. Time runs from t = 0 (action) to t = 1 (noise), here in T discrete steps
-t/T; a_t = alpha_t a0 + sigma_t noise and vel = alpha_t noise - sigma_t a0.
-Legend: B states of a batch, N samples a state, o observation, d action, H hidden units, T steps.
+the repository is needed. Time runs from t = 0 (action) to t = 1 (noise), here at T discrete
+levels t/T; a_t = alpha_t a0 + sigma_t noise and vel = alpha_t noise - sigma_t a0.
+Legend: B states of a batch, N samples a state, o observation, d action, H hidden units, T levels.
 
 Where the paper is silent, or we depart from it:
 1. Gaussian noise is added to the action taken, to the action in the critic's target and to the
@@ -129,8 +129,12 @@ class Args:
     # --- diffusion ---
     num_samples: int = 32
     """N, samples a state"""
+    diffusion_steps: int = 20
+    """T, noise levels of the diffusion"""
     sampling_steps: int = 20
-    """T, steps of the diffusion, in training and sampling"""
+    """S, levels among the T that the sampler visits, each a call of the network"""
+    sampler: Literal["ddpm", "ddim", "dpm2"] = "ddpm"
+    """ancestral, DDIM or DPM-Solver++(2M); the last two are deterministic, for S below T"""
     noise_start: float = 0.3
     """std of the Gaussian noise on actions at the first update, in half action ranges"""
     noise_end: float = 0.1
@@ -171,7 +175,12 @@ class Args:
         clipped, power = ("linear", "square", "power"), self.weighting == "power"
         counts = "total_timesteps num_envs buffer_size batch_size eval_episodes noise_steps"
         for names, ok, rule in (
-            (f"{counts} policy_delay hidden_dim sampling_steps", lambda x: x >= 1, "at least 1"),
+            (f"{counts} policy_delay hidden_dim diffusion_steps", lambda x: x >= 1, "at least 1"),
+            (
+                "sampling_steps",
+                lambda x: 1 <= x <= self.diffusion_steps,
+                "in [1, T = --diffusion-steps]",
+            ),
             ("eval_every checkpoint_every noise_start noise_end", lambda x: x >= 0, "at least 0"),
             ("policy_lr critic_lr reward_scale", lambda x: x > 0, "above 0"),
             ("policy_lr_end", lambda x: 0 <= x <= self.policy_lr, "in [0, --policy-lr]"),
@@ -271,48 +280,70 @@ def velocity(theta, obs, num_steps):
 
 
 class Schedule(NamedTuple):
-    """The cosine schedule of Table 4 at t = 1..T, each [T]; q(a_{t-1} | a_t, a0) as DDPM."""
+    """The noise levels that a sampler visits, rising, each [S], and its step down from each:
+    a_next = coef_a0 a0 + coef_last (a0 predicted one level above) + coef_at a_t + std noise."""
 
+    t: np.ndarray  # index of the level among the T of the diffusion
     alpha: np.ndarray  # a_t = alpha a0 + sigma noise
     sigma: np.ndarray
-    coef_a0: np.ndarray  # E[a_{t-1}] = coef_a0 a0 + coef_at a_t
+    coef_a0: np.ndarray
+    coef_last: np.ndarray  # 0 but for dpm2
     coef_at: np.ndarray
-    std: np.ndarray  # of a_{t-1}; 0 at t = 1
+    std: np.ndarray  # 0 but for ddpm, and there in the last step
 
 
-def cosine_schedule(num_steps, s=0.008, beta_max=0.999):
-    """Table 4: alpha_bar_t = f(t) / f(0), f(t) = cos((t/T + s) / (1 + s) pi/2)^2."""
-    f = np.cos((np.arange(num_steps + 1) / num_steps + s) / (1 + s) * np.pi / 2) ** 2
-    beta = np.minimum(1 - f[1:] / f[:-1], beta_max)
-    bar = np.cumprod(1 - beta)
-    bar_prev = np.append(1.0, bar[:-1])
-    coef_a0 = np.sqrt(bar_prev) * beta / (1 - bar)
-    coef_at = np.sqrt(1 - beta) * (1 - bar_prev) / (1 - bar)
-    std = np.sqrt(beta * (1 - bar_prev) / (1 - bar))
-    columns = (np.sqrt(bar), np.sqrt(1 - bar), coef_a0, coef_at, std)
-    return Schedule(*(x.astype(np.float32) for x in columns))
+def cosine_schedule(num_levels, num_visited=None, sampler="ddpm", s=0.008, beta_max=0.999):
+    """Table 4 at num_visited of t = 1..T, by default all, and one of three samplers over them.
+
+    alpha_bar_t = f(t) / f(0), f(t) = cos((t/T + s) / (1 + s) pi/2)^2. Levels visited are dense at
+    small t, where the actions get their final spread. ddpm draws from q(a_next | a_t, a0) (Ho et
+    al., 2006.11239, eq. 7), ddim keeps the noise that was predicted (Song et al., 2010.02502,
+    eq. 12 with sigma = 0), dpm2 does that with a0 extrapolated in log(alpha / sigma) from the last
+    two predictions (Lu et al., 2211.01095, Algorithm 2).
+    """
+    f = np.cos((np.arange(num_levels + 1) / num_levels + s) / (1 + s) * np.pi / 2) ** 2
+    bar = np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], beta_max))
+    i = np.arange(num_visited or num_levels)
+    t = np.round((num_levels - 1) * (i / max(i[-1], 1)) ** 1.5).astype(np.int32)
+    t = np.maximum.accumulate(t - i) + i if len(i) > 1 else t + num_levels - 1  # no level twice
+    bar = bar[t]
+    bar_next = np.append(1.0, bar[:-1])
+    alpha, sigma, extra, std = np.sqrt(bar), np.sqrt(1 - bar), 0 * bar, 0 * bar
+    if sampler == "ddpm":
+        std = np.sqrt((1 - bar / bar_next) * (1 - bar_next) / (1 - bar))
+    if sampler == "dpm2":
+        h = -np.diff(np.log(alpha / sigma))
+        extra[1:-1] = h[:-1] / h[1:] / 2  # the first step and the last, to t = 0, are ddim's
+    coef_at = np.sqrt(1 - bar_next - std**2) / sigma
+    gain = np.sqrt(bar_next) - alpha * coef_at
+    columns = (alpha, sigma, (1 + extra) * gain, -extra * gain, coef_at, std)
+    return Schedule(t, *(x.astype(np.float32) for x in columns))
 
 
 def sample(vel, schedule, shape, key):
-    """Ancestral sampling from t = T to 1, the predicted a0 clipped to [-1, 1]. -> a0 of shape."""
+    """From noise down the levels of the schedule, each predicted a0 clipped to [-1, 1]. -> a0."""
     k_init, k_steps = jax.random.split(key)
 
-    def denoise(at, t):
-        a0 = jnp.clip(alpha[t] * at - sigma[t] * vel(at, t), -1, 1)
-        noise = jax.random.normal(jax.random.fold_in(k_steps, t), shape)
-        return coef_a0[t] * a0 + coef_at[t] * at + std[t] * noise, None
+    def denoise(carry, i):
+        at, last = carry
+        a0 = jnp.clip(alpha[i] * at - sigma[i] * vel(at, t[i]), -1, 1)
+        at = coef_a0[i] * a0 + coef_last[i] * last + coef_at[i] * at
+        if schedule.std.any():
+            at += std[i] * jax.random.normal(jax.random.fold_in(k_steps, i), shape)
+        return (at, a0), None
 
-    alpha, sigma, coef_a0, coef_at, std = (jnp.asarray(x) for x in schedule)
-    steps = jnp.arange(len(schedule.alpha) - 1, -1, -1)
-    return jax.lax.scan(denoise, jax.random.normal(k_init, shape), steps)[0]
+    t, alpha, sigma, coef_a0, coef_last, coef_at, std = (jnp.asarray(x) for x in schedule)
+    levels = jnp.arange(len(schedule.t) - 1, -1, -1)
+    start = jax.random.normal(k_init, shape), jnp.zeros(shape)
+    return jax.lax.scan(denoise, start, levels)[0][0]
 
 
 def sample_actions(args, theta, obs, key):
     """N actions for each state: obs [B, o] -> a0 [B, N, d] in [-1, 1]."""
     d = theta["net"][-1]["b"].shape[0]
-    vel = velocity(theta, obs, args.sampling_steps)
+    schedule = cosine_schedule(args.diffusion_steps, args.sampling_steps, args.sampler)
     shape = (obs.shape[0], args.num_samples, d)
-    return sample(vel, cosine_schedule(args.sampling_steps), shape, key)
+    return sample(velocity(theta, obs, args.diffusion_steps), schedule, shape, key)
 
 
 # ---- weights ----------------------------------------------------------------------------------
@@ -397,11 +428,11 @@ def critic_loss(critics, obs, act, target):
 def matching_loss(theta, args, obs, a0, w, key):
     """Reweighted matching, eq. (7): obs [B, o], a0 [B, N, d], w [B, N]; t uniform on 1..T."""
     k_t, k_noise = jax.random.split(key)
-    schedule = cosine_schedule(args.sampling_steps)
-    t = jax.random.randint(k_t, w.shape, 0, args.sampling_steps)
+    schedule = cosine_schedule(args.diffusion_steps)
+    t = jax.random.randint(k_t, w.shape, 0, args.diffusion_steps)
     alpha, sigma = (jnp.asarray(x)[t][..., None] for x in (schedule.alpha, schedule.sigma))
     noise = jax.random.normal(k_noise, a0.shape)
-    vel = velocity(theta, obs, args.sampling_steps)(alpha * a0 + sigma * noise, t)
+    vel = velocity(theta, obs, args.diffusion_steps)(alpha * a0 + sigma * noise, t)
     return jnp.mean(w * jnp.sum((vel - (alpha * noise - sigma * a0)) ** 2, axis=-1))
 
 

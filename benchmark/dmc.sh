@@ -14,7 +14,7 @@ train() { # train REWARD WEIGHTING SEED
     python simpo_dmc.py --resume "$run_dir"
   else
     python simpo_dmc.py --run-dir "$run_dir" --reward "$1" --weighting "$2" --seed "$3" \
-      --total-timesteps "${STEPS:-100000}" --num-samples 8 --sampling-steps 5 --eps-kl 0.9 \
+      --total-timesteps "${STEPS:-100000}" --num-samples 8 --diffusion-steps 5 --sampling-steps 5 --eps-kl 0.9 \
       --eval-every 10000
   fi
 }

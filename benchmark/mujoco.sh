@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 
 train() { # train NAME ENV STEPS FLAGS...
   python simpo_mujoco.py --run-dir "runs/mujoco/$2__$1__1" --env-id "$2" --total-timesteps "$3" \
-    --num-samples 8 --sampling-steps 5 --eps-kl 0.9 --eval-every 10000 "${@:4}"
+    --num-samples 8 --diffusion-steps 5 --sampling-steps 5 --eps-kl 0.9 --eval-every 10000 "${@:4}"
 }
 
 # three weightings

@@ -2,30 +2,38 @@
 
     python benchmark/shrinkage.py
 
-For a0 ~ N(0, s^2), E[a0 | a_t] = alpha s^2 / (alpha^2 s^2 + sigma^2) a_t, so the variance follows a
-linear recursion over the steps of `simpo_mujoco.sample` (clipping left out).
+A row for each sampler and each S of T noise levels that it visits, a column for each std s of the
+policy. For a0 ~ N(0, s^2), E[a0 | a_t] = alpha s^2 / (alpha^2 s^2 + sigma^2) a_t, so the second
+moments of a_t and of the last prediction follow a linear recursion over the steps of
+`simpo_mujoco.sample` (clipping left out).
 """
 
 import sys
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from simpo_mujoco import cosine_schedule
 
 
-def std_after(s, num_steps):
+def std_after(s, schedule):
     """Std of the samples when the data have std s: float64 recursion from N(0, 1) at t = T."""
-    variance = 1.0
-    for alpha, sigma, coef_a0, coef_at, std in reversed(
-        list(zip(*cosine_schedule(num_steps), strict=True))
-    ):
-        gain = coef_a0 * alpha * s**2 / (alpha**2 * s**2 + sigma**2) + coef_at
-        variance = gain**2 * variance + std**2
-    return variance**0.5
+    moments = np.diag([1.0, 0.0])  # of (a_t, last prediction)
+    for _, alpha, sigma, coef_a0, coef_last, coef_at, std in np.float64(schedule).T[::-1]:
+        gain = alpha * s**2 / (alpha**2 * s**2 + sigma**2)
+        step = np.array([[coef_a0 * gain + coef_at, coef_last], [gain, 0.0]])
+        moments = step @ moments @ step.T + np.diag([std**2, 0.0])
+    return moments[0, 0] ** 0.5
 
 
 if __name__ == "__main__":
-    print("std      " + "".join(f"  T = {t:<4}" for t in (5, 20, 100)))
-    for s in (0.5, 0.3, 0.1):
-        print(f"{s:<9}" + "".join(f"{std_after(s, t):8.3f}" for t in (5, 20, 100)))
+    stds = (0.5, 0.3, 0.1)
+    print("sampler  T   S  " + "".join(f"{s:8}" for s in stds))
+    for num_levels, visits in ((5, (5,)), (20, (3, 4, 5, 10, 20)), (100, (100,))):
+        for sampler in ("ddpm", "ddim", "dpm2"):
+            for visited in visits:
+                schedule = cosine_schedule(num_levels, visited, sampler)
+                row = "".join(f"{std_after(s, schedule):8.3f}" for s in stds)
+                print(f"{sampler} {num_levels:5} {visited:3}  {row}")

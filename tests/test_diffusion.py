@@ -24,7 +24,7 @@ from simpo_mujoco import (
 )
 
 T = 3
-ARGS = Args(num_samples=4, sampling_steps=T, eps_kl=0.5, hidden_dim=16)
+ARGS = Args(num_samples=4, diffusion_steps=T, sampling_steps=T, eps_kl=0.5, hidden_dim=16)
 
 
 def naive_mish(x):
@@ -114,8 +114,9 @@ def test_velocity_is_a_plain_network_of_obs_action_and_time():
 @pytest.mark.parametrize("steps", [1, 2, 5, 20, 100])
 def test_schedule_is_table_4_with_the_posterior_of_ddpm(steps):
     schedule = [x.astype(np.float64) for x in cosine_schedule(steps)]
-    alpha, sigma, coef_a0, coef_at, std = schedule
+    t, alpha, sigma, coef_a0, coef_last, coef_at, std = schedule
     assert all(x.shape == (steps,) for x in schedule)
+    assert (t == np.arange(steps)).all() and not coef_last.any()
     f = [np.cos((t / steps + 0.008) / 1.008 * np.pi / 2) ** 2 for t in range(steps + 1)]
     np.testing.assert_allclose(alpha[:-1] ** 2, np.array(f[1:-1]) / f[0], rtol=1e-5)
     np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-6)
@@ -135,6 +136,46 @@ def test_schedule_is_table_4_with_the_posterior_of_ddpm(steps):
     # one step back from q(a_t | a0) is q(a_{t-1} | a0)
     np.testing.assert_allclose(coef_a0 + coef_at * alpha, before**0.5, rtol=1e-5)
     np.testing.assert_allclose(std**2 + coef_at**2 * sigma**2, 1 - before, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 7, 20])
+def test_levels_visited_are_distinct_and_hold_both_ends(levels):
+    every = cosine_schedule(levels)
+    for visited in range(1, levels + 1):
+        schedule = cosine_schedule(levels, visited, "ddim")
+        t = schedule.t
+        assert len(t) == visited and (np.diff(t) > 0).all() and t[-1] == levels - 1
+        assert t[0] == 0 or visited == 1
+        np.testing.assert_array_equal(schedule.alpha, every.alpha[t])
+        np.testing.assert_array_equal(schedule.sigma, every.sigma[t])
+    assert (cosine_schedule(20, 5).t == [0, 2, 7, 12, 19]).all()
+
+
+@pytest.mark.parametrize("visited", [1, 2, 5, 20])
+def test_deterministic_steps_are_those_of_the_papers(visited):
+    """DDIM by the noise it keeps, DPM-Solver++(2M) in the exponential form of its Algorithm 2."""
+    rng = np.random.default_rng(14)
+    at, a0, last = rng.normal(size=(3, visited))
+    ddim, dpm2 = (
+        type(schedule)(*np.float64(schedule))
+        for schedule in (cosine_schedule(20, visited, name) for name in ("ddim", "dpm2"))
+    )
+    step = lambda s: s.coef_a0 * a0 + s.coef_last * last + s.coef_at * at  # noqa: E731
+    assert not (ddim.std.any() or dpm2.std.any() or ddim.coef_last.any())
+    alpha, sigma = np.append(1.0, ddim.alpha), np.append(0.0, ddim.sigma)
+    noise = (at - alpha[1:] * a0) / sigma[1:]
+    np.testing.assert_allclose(step(ddim), alpha[:-1] * a0 + sigma[:-1] * noise, atol=1e-5)
+    with np.errstate(divide="ignore"):
+        log_snr = np.log(alpha / sigma)
+    expected = []
+    for i in range(visited):
+        h = log_snr[i] - log_snr[i + 1]
+        mix = a0[i]
+        if 0 < i < visited - 1:
+            r = (log_snr[i + 1] - log_snr[i + 2]) / h
+            mix = (1 + 1 / (2 * r)) * a0[i] - last[i] / (2 * r)
+        expected.append(sigma[i] / sigma[i + 1] * at[i] - alpha[i] * np.expm1(-h) * mix)
+    np.testing.assert_allclose(step(dpm2), expected, atol=1e-5)
 
 
 # ---- sampler ----------------------------------------------------------------------------------
@@ -161,6 +202,7 @@ def exact_velocity(schedule, means, stds, masses):
     return vel
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm2"])
 @pytest.mark.parametrize(
     "means,stds,masses",
     [
@@ -169,9 +211,10 @@ def exact_velocity(schedule, means, stds, masses):
         ([[-0.5, -0.5], [0.5, 0.0], [-0.2, 0.6]], [0.1, 0.05, 0.15], [0.5, 0.2, 0.3]),
     ],
 )
-def test_sampler_recovers_a_mixture_from_its_exact_velocity(means, stds, masses):
+def test_sampler_recovers_a_mixture_from_its_exact_velocity(means, stds, masses, sampler):
     means, stds, masses = (np.float32(x) for x in (means, stds, masses))
-    schedule, count = cosine_schedule(1000), 12_000  # in the limit of many steps
+    levels = 200 if sampler == "dpm2" else 1000  # in the limit of many steps
+    schedule, count = cosine_schedule(levels, sampler=sampler), 12_000
     vel = exact_velocity(schedule, means, stds, masses)
     draw = jax.jit(lambda key: sample(vel, schedule, (count, 1, means.shape[1]), key))
     a0 = np.asarray(draw(jax.random.key(6)), np.float64)[:, 0]
@@ -189,21 +232,35 @@ def test_sampler_recovers_a_mixture_from_its_exact_velocity(means, stds, masses)
     np.testing.assert_allclose(np.cov(a0.T).reshape(covariance.shape), covariance, atol=0.01)
 
 
-def test_sampler_is_the_linear_recursion_for_one_gaussian():
-    """With few steps too: for N(0.2, 0.15^2) every step is linear, its moments follow exactly."""
-    mean, std, steps = 0.2, 0.15, 20
-    schedule = cosine_schedule(steps)
-    vel = exact_velocity(schedule, *(np.float32(x) for x in ([[mean]], [std], [1.0])))
-    a0 = jax.jit(lambda key: sample(vel, schedule, (60_000, 1, 1), key))(jax.random.key(6))
-    m, v = 0.0, 1.0  # of a_T
-    for alpha, sigma, coef_a0, coef_at, noise in np.float64(schedule).T[::-1]:
+def moments_after(schedule, mean, std):
+    """Mean and std of the samples for data N(mean, std^2): every step is linear in a_t and in the
+    a0 predicted before it."""
+    m, cov = np.zeros(2), np.diag([1.0, 0.0])  # of (a_t, last)
+    for _, alpha, sigma, coef_a0, coef_last, coef_at, noise in np.float64(schedule).T[::-1]:
         gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)  # E[a0 | a_t] = mean + gain (...)
-        m, v = (
-            coef_a0 * (mean + gain * (m - alpha * mean)) + coef_at * m,
-            (coef_a0 * gain + coef_at) ** 2 * v + noise**2,
-        )
+        rest = mean - gain * alpha * mean
+        step = np.array([[coef_a0 * gain + coef_at, coef_last], [gain, 0]])
+        m = step @ m + np.array([coef_a0 * rest, rest])
+        cov = step @ cov @ step.T + np.diag([noise**2, 0])
+    return m[0], cov[0, 0] ** 0.5
+
+
+@pytest.mark.parametrize("sampler,visited", [("ddpm", 20), ("ddpm", 6), ("ddim", 5), ("dpm2", 5)])
+def test_sampler_is_the_linear_recursion_for_one_gaussian(sampler, visited):
+    """With few steps too: for N(0.2, 0.15^2) every step is linear, its moments follow exactly."""
+    mean, std = 0.2, 0.15
+    schedule = cosine_schedule(20, visited, sampler)
+    exact = exact_velocity(cosine_schedule(20), *map(np.float32, ([[mean]], [std], [1.0])))
+    a0 = jax.jit(lambda key: sample(exact, schedule, (60_000, 1, 1), key))(jax.random.key(6))
+    m, s = moments_after(schedule, mean, std)
     assert float(a0.mean()) == pytest.approx(m, abs=0.002)
-    assert float(a0.std()) == pytest.approx(v**0.5, rel=0.01)
+    assert float(a0.std()) == pytest.approx(s, rel=0.01)
+
+
+def test_five_second_order_steps_keep_more_spread_than_twenty_of_ddpm():
+    for std in (0.5, 0.3, 0.1):
+        few, many = cosine_schedule(20, 5, "dpm2"), cosine_schedule(20)
+        assert moments_after(many, 0, std)[1] < moments_after(few, 0, std)[1] < std
 
 
 def test_sampler_clips_the_predicted_action():
@@ -293,7 +350,7 @@ def test_signed_matching_reaches_the_closed_form_of_eq_8(monkeypatch):
     actions = np.float64([-0.7, -0.1, 0.3, 0.8])
     w = np.float64([-0.6, 0.5, 1.7, 2.4])  # mean 1, one sample repels
     edges = np.linspace(-2.4, 2.4, 17)
-    schedule = [np.float64(x)[:, None, None] for x in cosine_schedule(T)[:2]]
+    schedule = [np.float64(x)[:, None, None] for x in cosine_schedule(T)[1:3]]
 
     # Exact: a_t in [lo, hi] means that the noise of a0 is in [lo - alpha a0, hi - alpha a0] / sigma
     alpha, sigma = schedule  # [T, 1, 1] against bins [1, K, 1] and actions [1, 1, 4]

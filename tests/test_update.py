@@ -212,6 +212,7 @@ def test_sharding_over_two_devices_changes_nothing():
 
 PROBE = Args(
     num_samples=8,
+    diffusion_steps=4,
     sampling_steps=4,
     eps_kl=1.0,
     hidden_dim=24,

@@ -92,6 +92,8 @@ class Args:
     # --- run ---
     seed: int = 1
     """seed of the networks, environments, replay and noise"""
+    num_seeds: int = 1
+    """K, runs with seeds --seed to --seed + K - 1 as one program; for a GPU that one cannot fill"""
     run_dir: str | None = None
     """folder of this run; default runs/{env_id}__{script}__{seed}__{time}"""
     resume: str | None = None
@@ -167,7 +169,9 @@ class Args:
         clipped, power = ("linear", "square", "power"), self.weighting == "power"
         counts = "total_timesteps num_envs buffer_size batch_size eval_episodes noise_steps"
         for names, ok, rule in (
+            ("seed", lambda x: 0 <= x < 2**32, "in [0, 2^32)"),
             (f"{counts} policy_delay hidden_dim diffusion_steps", lambda x: x >= 1, "at least 1"),
+            ("num_seeds", lambda x: 1 <= x <= 2**32 - self.seed, "at least 1"),
             (
                 "sampling_steps",
                 lambda x: 1 <= x <= self.diffusion_steps,
@@ -178,7 +182,6 @@ class Args:
             ("policy_lr_end", lambda x: 0 <= x <= self.policy_lr, "in [0, --policy-lr]"),
             ("tau", lambda x: 0 < x <= 1, "in (0, 1]"),
             ("gamma", lambda x: 0 <= x <= 1, "in [0, 1]"),
-            ("seed", lambda x: 0 <= x < 2**32, "in [0, 2^32)"),
             ("num_samples", lambda x: x >= 2, "at least 2, for weights to compare"),
             ("eps_kl", lambda x: 0 < x < log_n, f"in (0, log N), log N = {log_n:.3f}"),
             ("neg_clip", lambda x: x <= 0, "at most 0"),
@@ -503,6 +506,33 @@ def act(args, explore, state, obs, key, step):
     return perturb(noise_std(args, state.step), a0, k_noise) if explore else a0
 
 
+SEED_AXES = State(0, 0, 0, 0, 0, 0, None)  # all seeds are at one `step`, so that lax.cond stays one
+
+
+def stack_seeds(states):
+    """States of K seeds -> one State with a leading axis K, but for `step`."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *states)._replace(step=jnp.copy(states[0].step))
+
+
+def take_seed(state, k):
+    """The State of seed k out of one of `stack_seeds`."""
+    return jax.tree.map(lambda x: x[k], state._replace(step=None))._replace(step=state.step)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def update_seeds(args, state, batch, keys):
+    """`update` of K seeds: state of `stack_seeds`, batch [K, B, .], keys [K]; metrics are [K]."""
+    one = functools.partial(update, args)
+    return jax.vmap(one, in_axes=(SEED_AXES, 0, 0), out_axes=(SEED_AXES, 0))(state, batch, keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def act_seeds(args, state, obs, keys, step):
+    """`act` of K seeds with exploration: obs [K, E, o], keys [K] -> [K, E, d]."""
+    one = functools.partial(act, args, True)
+    return jax.vmap(one, in_axes=(SEED_AXES, 0, 0, None))(state, obs, keys, step)
+
+
 # ---- replay and envs --------------------------------------------------------------------------
 
 
@@ -656,19 +686,41 @@ def named_leaves(state):
     return {"state" + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def save_checkpoint(path, args, state, envs, evals, meta):
+@dataclasses.dataclass
+class Run:
+    """What one seed has on the host."""
+
+    args: Args
+    folder: Path
+    envs: gym.vector.VectorEnv
+    obs: np.ndarray  # [E, o]
+    replay: Replay
+    evals: np.ndarray  # rows of eval.csv
+    rng: np.random.Generator  # of the first actions and the batches
+    log: SummaryWriter
+    returns: deque = dataclasses.field(
+        default_factory=lambda: deque([], 20)
+    )  # of the last episodes
+
+
+def save_checkpoint(run, state, name="checkpoint.npz"):
     """Writes arrays only, atomically, and keeps the file it replaces as {stem}.previous.npz.
 
-    The environments are stored as episode numbers and actions; meta is what JSON can hold.
+    state is that of this seed alone; the environments are stored as episode numbers and actions.
     """
-    meta = json.dumps({"script": SCRIPT, "args": dataclasses.asdict(args), **meta})
+    run.replay.rows.flush()
+    run.log.flush()
+    meta = {"step": run.replay.written, "rng": run.rng.bit_generator.state}
+    meta = json.dumps({"script": SCRIPT, "args": dataclasses.asdict(run.args), **meta})
+    episodes = run.envs.envs
     arrays = jax.device_get(named_leaves(state)) | {
-        "envs.episode": np.array([e.episode for e in envs.envs]),
-        "envs.length": np.array([len(e.actions) for e in envs.envs]),
-        "envs.actions": np.array([a for e in envs.envs for a in e.actions], np.float32),
-        "evals": evals,
+        "envs.episode": np.array([e.episode for e in episodes]),
+        "envs.length": np.array([len(e.actions) for e in episodes]),
+        "envs.actions": np.array([a for e in episodes for a in e.actions], np.float32),
+        "evals": run.evals,
         "meta": np.frombuffer(meta.encode(), np.uint8),
     }
+    path = run.folder / name
     with path.with_suffix(".tmp").open("wb") as file:
         np.savez(file, **arrays)
         file.flush()
@@ -678,10 +730,11 @@ def save_checkpoint(path, args, state, envs, evals, meta):
     path.with_suffix(".tmp").replace(path)
 
 
-def load_checkpoint(path, args, template):
+def load_checkpoint(path, args, template, limit=math.inf):
     """-> state in the tree of `template`, arrays, meta; falls back to the file before this one.
 
-    UsageError if there is none, or none is whole and of this script and these arguments.
+    UsageError if there is none, or none is whole, of this script and these arguments, and of a step
+    up to `limit`.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -689,6 +742,8 @@ def load_checkpoint(path, args, template):
         meta = json.loads(arrays["meta"].tobytes())
         if (meta["script"], meta["args"]) != (SCRIPT, dataclasses.asdict(args)):
             raise ValueError("written by another script or with other arguments")
+        if meta["step"] > limit:
+            raise ValueError(f"of step {meta['step']}, but another seed has {limit}")
         names = named_leaves(template)
         if any(arrays[name].shape != x.shape for name, x in names.items()):
             raise ValueError("networks of other sizes")
@@ -700,7 +755,32 @@ def load_checkpoint(path, args, template):
     if not previous.exists():
         raise UsageError(reason)
     print(f"warning: {reason}; trying {previous}", file=sys.stderr)
-    return load_checkpoint(previous, args, template)
+    return load_checkpoint(previous, args, template, limit)
+
+
+def load_runs(args, run_dir, template):
+    """[`load_checkpoint`] of all seeds at the newest step that all have; [] if one has none yet."""
+    dirs = run_dirs(args, run_dir)
+    if not all(any(folder.glob("checkpoint*.npz")) for _, folder in dirs):
+        return []
+
+    def load(limit):
+        return [load_checkpoint(x / "checkpoint.npz", a, template, limit) for a, x in dirs]
+
+    loaded = load(math.inf)
+    while len(steps := {meta["step"] for *_, meta in loaded}) > 1:  # killed while it saved
+        loaded = load(min(steps))
+    return loaded
+
+
+def run_dirs(args, run_dir):
+    """[(its args, its folder)] of each seed. A folder of one seed is that of a run by itself; more
+    than one are {run_dir}/seed-{seed}, and each of them can be resumed or evaluated alone."""
+    if args.num_seeds == 1:
+        return [(args, run_dir)]
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    alone = {"num_seeds": 1, "run_dir": None}
+    return [(dataclasses.replace(args, seed=k, **alone), run_dir / f"seed-{k}") for k in seeds]
 
 
 def create_run_dir(args, shape):
@@ -709,15 +789,18 @@ def create_run_dir(args, shape):
     run_dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
     versions = {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
     place = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
-    size, free = 4 * math.prod(shape) / 1e9, shutil.disk_usage(place).free / 1e9
+    size = 4 * math.prod(shape) * args.num_seeds / 1e9
+    free = shutil.disk_usage(place).free / 1e9
     if size > free:
         raise UsageError(f"--buffer-size takes {size:.1f} GB in --run-dir, {free:.1f} are free")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if any(run_dir.iterdir()):
             raise UsageError(f"--run-dir {run_dir} is not empty; --resume goes on with a run")
-        for file, content in (("args", dataclasses.asdict(args)), ("versions", versions)):
-            (run_dir / f"{file}.json").write_text(json.dumps(content, indent=2))
+        for seed_args, folder in {(args, run_dir), *run_dirs(args, run_dir)}:
+            folder.mkdir(exist_ok=True)
+            for file, content in (("args", dataclasses.asdict(seed_args)), ("versions", versions)):
+                (folder / f"{file}.json").write_text(json.dumps(content, indent=2))
     except OSError as error:
         raise UsageError(f"--run-dir {run_dir}: {error.strerror}") from None
     return run_dir
@@ -796,6 +879,8 @@ def parse_args():
         saved = Args(**json.loads((run_dir / "args.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"--{mode} {run_dir} is not a run folder: {error}") from None
+    if mode == "evaluate" and saved.num_seeds > 1:
+        raise UsageError(f"--evaluate {run_dir} has several seeds: choose {run_dir}/seed-...")
     args = dataclasses.replace(parse_flags(default=saved), **{mode: None})
     for field in dataclasses.fields(Args):
         value, old = getattr(args, field.name), getattr(saved, field.name)
@@ -807,15 +892,24 @@ def parse_args():
 
 
 def shardings(args):
-    """The devices that share a batch -> sharding of whole arrays, of arrays split on axis 0."""
-    devices, count = jax.devices(), args.num_devices
+    """The devices at work -> sharding of State, as a prefix of its tree, and of batches [K, B, .].
+
+    Each device has whole seeds if they come out even, or else a part of every batch.
+    """
+    devices, k = jax.devices(), args.num_seeds
+    spread = lambda count: count > 1 and k % count == 0  # noqa: E731
+    count = args.num_devices
     if count is None:
-        count = math.gcd(len(devices), args.batch_size) if devices[0].platform == "cpu" else 1
-    if count > len(devices) or args.batch_size % count:
+        count = len(devices) if devices[0].platform == "cpu" else 1
+        count = count if spread(count) else math.gcd(count, args.batch_size)
+    if count > len(devices) or args.batch_size % count and not spread(count):
         rule = f"at most {len(devices)} here and divide --batch-size {args.batch_size}"
         raise UsageError(f"--num-devices must be {rule}, got {count}")
-    mesh = jax.sharding.Mesh(np.array(devices[:count]), ("batch",))
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
+    mesh = jax.sharding.Mesh(np.array(devices[:count]), ("devices",))
+    whole, first, second = (
+        NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("devices",), (None, "devices"))
+    )
+    return (State(*[first] * 6, whole), first) if spread(count) else (State(*[whole] * 7), second)
 
 
 def watch_signals():
@@ -832,12 +926,13 @@ def watch_signals():
     return received
 
 
-def compile_apart(args, state, obs, split, width, key):
-    """Runs `act` and `update` once on copies, so that the training time holds no compilation."""
+def compile_apart(args, runs, state, batches, key):
+    """Runs act and update once on copies, so that the training time holds no compilation."""
     start, state = time.perf_counter(), jax.tree.map(jnp.copy, state)
-    act(args, True, state, obs.astype(np.float32), key, np.int32(0))
-    batch = jax.device_put(np.zeros((args.batch_size, width), np.float32), split)
-    jax.block_until_ready(update(args, state, batch, key))
+    obs = np.stack([run.obs for run in runs]).astype(np.float32)
+    act_seeds(args, state, obs, key, np.int32(0))
+    rows = np.zeros((len(runs), args.batch_size, runs[0].replay.rows.shape[1]), np.float32)
+    jax.block_until_ready(update_seeds(args, state, jax.device_put(rows, batches), key))
     print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
 
 
@@ -858,109 +953,147 @@ def step_envs(envs, replay, obs, a0):
     return next_obs, ended
 
 
-def train(args, run_dir, envs, replay, state, obs, evals, rng, keys, split, stop):
-    """The loop of Algorithm 1 around the environments; returns the exit code."""
+def step_run(run, a0):
+    """`step_envs` of one seed, with its log: a0 [E, d]."""
+    run.obs, ended = step_envs(run.envs, run.replay, run.obs, a0)
+    for stats in ended:
+        run.returns.append(stats[0])
+        log_charts(run.log, dict(zip(CHARTS, stats, strict=True)), run.replay.written)
+
+
+def evaluate_run(run, state, key, bar, stop):
+    """One evaluation of one seed into its eval.csv and log, unless it has been stopped."""
+    step = run.replay.written
+    rows = evaluate(run.args, state, key, step, run.folder, stop)
+    if rows is not None:
+        run.evals = np.concatenate([run.evals, rows])
+        np.savetxt(run.folder / "eval.csv", run.evals, **EVAL_CSV)
+        means = {f"eval_{name}": x.mean() for name, x in eval_columns(rows).items()}
+        log_charts(run.log, means, step)
+        bar.write(f"step {step}: {summary(rows)}")
+
+
+def train(args, run_dir, runs, state, keys, batches, stop):
+    """The loop of Algorithm 1 around the environments of all seeds; returns the exit code.
+
+    The device updates while the environments step: a batch is drawn before the transitions of the
+    step under way.
+    """
     _, k_act, k_update, k_eval = keys
-    step, updates, returns = replay.written, int(state.step), deque([], 20)
-    log = open_log(args, run_dir, step)
+    step, updates = runs[0].replay.written, int(state.step)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
     first, start = step, time.perf_counter()
-
-    def save(name="checkpoint.npz"):
-        replay.rows.flush()
-        log.flush()
-        meta = {"step": step, "rng": rng.bit_generator.state}
-        save_checkpoint(run_dir / name, args, state, envs, evals, meta)
 
     def due(every):
         return step >= args.total_timesteps or step and every and step % every < args.num_envs
 
+    def save(name):
+        host = jax.device_get(state)
+        for k, run in enumerate(runs):
+            save_checkpoint(run, take_seed(host, k), name)
+
     while True:
-        if due(args.eval_every) and step not in evals[:, 0]:
-            paused = time.perf_counter()
-            rows = evaluate(args, state, k_eval, step, run_dir, stop)
-            if rows is not None:
-                evals = np.concatenate([evals, rows])
-                np.savetxt(run_dir / "eval.csv", evals, **EVAL_CSV)
-                means = {f"eval_{name}": x.mean() for name, x in eval_columns(rows).items()}
-                log_charts(log, means, step)
-                bar.write(f"step {step}: {summary(rows)}")
-            start += time.perf_counter() - paused
+        paused = time.perf_counter()
+        for k, run in enumerate(runs):
+            if due(args.eval_every) and step not in run.evals[:, 0]:
+                evaluate_run(run, take_seed(state, k), k_eval[k], bar, stop)
+        start += time.perf_counter() - paused
         if stop or step > first and due(args.checkpoint_every):
-            save()
+            save("checkpoint.npz")
         if stop or step >= args.total_timesteps:
             break
+        learning = step >= args.learning_starts
+        if learning:
+            obs = np.stack([run.obs for run in runs]).astype(np.float32)
+            a0 = act_seeds(args, state, obs, k_act, np.int32(step))
+            batch = np.stack([run.replay.sample(run.rng, args.batch_size) for run in runs])
+            state, metrics = update_seeds(args, state, jax.device_put(batch, batches), k_update)
+        else:
+            a0 = [run.rng.uniform(-1, 1, run.envs.action_space.shape) for run in runs]
         try:
-            if step < args.learning_starts:
-                a0 = rng.uniform(-1, 1, envs.action_space.shape)
-            else:
-                a0 = act(args, True, state, obs.astype(np.float32), k_act, np.int32(step))
-            obs, ended = step_envs(envs, replay, obs, np.asarray(a0))
-            step = replay.written
+            for run, actions in zip(runs, np.asarray(a0), strict=True):
+                step_run(run, actions)
+            step = runs[0].replay.written
             bar.update(args.num_envs)
-            for stats in ended:
-                returns.append(stats[0])
-                log_charts(log, dict(zip(CHARTS, stats, strict=True)), step)
-            if step <= args.learning_starts:
-                continue
-            batch = jax.device_put(replay.sample(rng, args.batch_size), split)
-            state, metrics = update(args, state, batch, k_update)
-            if updates % (LOG_EVERY * args.policy_delay) == 0:
+            if learning and updates % (LOG_EVERY * args.policy_delay) == 0:
                 sps = (step - first) / (time.perf_counter() - start)
-                log.add_scalar("charts/SPS", sps, step)
-                bar.set_postfix_str(f"return {sum(returns) / max(len(returns), 1):.0f}")
-                log_metrics(log, metrics, step)
-            updates += 1
+                means = [sum(run.returns) / max(len(run.returns), 1) for run in runs]
+                bar.set_postfix_str(f"return {np.mean(means):.0f}")
+                for k, run in enumerate(runs):
+                    run.log.add_scalar("charts/SPS", sps, step)
+                    log_metrics(run.log, {name: x[k] for name, x in metrics.items()}, step)
         except Diverged as error:
             save("diverged.npz")
-            raise Diverged(f"{error} at step {step}; saved in {run_dir / 'diverged.npz'}") from None
+            path = run.folder / "diverged.npz"
+            raise Diverged(f"{error} at step {step}; saved in {path}") from None
+        updates += learning
     bar.close()
-    log.close()
+    for run in runs:
+        run.log.close()
+        if not stop:  # only a resume needs it
+            Path(run.replay.rows.filename).unlink()
     if stop:
         print(f"stopped at step {step}; --resume {run_dir} goes on", file=sys.stderr)
         return 128 + stop[0]
-    Path(replay.rows.filename).unlink()  # only a resume needs it
     return 0
 
 
-def run(args, mode, run_dir, saved):
-    """Sets up one run, then trains, resumes or evaluates it; returns the exit code."""
-    if args.capture_video and sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    envs = make_envs(args, args.num_envs, args.seed)
-    o, d = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    whole, split = shardings(args)
-    keys = jax.device_put(jax.random.split(jax.random.key(args.seed), 4), whole)
-    state, step = init_state(args, o, d, keys[0]), 0
-    evals = np.zeros((0, 2 + len(EPISODE)))
+def open_run(args, folder, envs, arrays, meta):
+    """A seed's Run, new or as its checkpoint has it."""
+    shape = replay_shape(
+        args, envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    )
     rng = np.random.default_rng(args.seed)
-    arrays = None
-    if mode == "evaluate" or mode == "resume" and any(run_dir.glob("checkpoint*.npz")):
-        state, arrays, meta = load_checkpoint(run_dir / "checkpoint.npz", saved, state)
-        step, evals, rng.bit_generator.state = meta["step"], arrays["evals"], meta["rng"]
-    state = jax.device_put(state, whole)
-    if mode == "evaluate":
-        print(f"step {step}: {summary(evaluate(args, state, keys[3], step, run_dir))}")
-        return 0
-    if step >= args.total_timesteps:
-        print(f"{run_dir} is complete at step {step}")
-        return 0
-    if mode == "train":
-        run_dir = create_run_dir(args, replay_shape(args, o, d))
     if arrays is None:  # new, or killed before its first checkpoint
         obs, _ = envs.reset()
+        evals = np.zeros((0, 2 + len(EPISODE)))
     else:
         actions = np.split(arrays["envs.actions"], np.cumsum(arrays["envs.length"])[:-1])
         pasts = zip(envs.envs, arrays["envs.episode"], actions, strict=True)
-        obs = np.stack([env.restore(*past) for env, *past in pasts])
-    replay = Replay(run_dir / "replay.dat", replay_shape(args, o, d), args.buffer_size, step)
-    sizes = [sum(x.size for x in jax.tree.leaves(net)) for net in (state.theta, state.critics)]
+        obs, evals = np.stack([env.restore(*past) for env, *past in pasts]), arrays["evals"]
+        rng.bit_generator.state = meta["rng"]
+    replay = Replay(folder / "replay.dat", shape, args.buffer_size, meta["step"])
+    return Run(args, folder, envs, obs, replay, evals, rng, open_log(args, folder, meta["step"]))
+
+
+def run(args, mode, run_dir, saved):
+    """Sets up the runs of all seeds, then trains, resumes or evaluates; returns the exit code."""
+    if args.capture_video and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    states_at, batches = shardings(args)
+    seeds = [seed_args for seed_args, _ in run_dirs(args, Path())]
+    envs = [make_envs(x, args.num_envs, x.seed) for x in seeds]
+    o, d = envs[0].single_observation_space.shape[0], envs[0].single_action_space.shape[0]
+    keys = jnp.stack([jax.random.split(jax.random.key(x.seed), 4) for x in seeds], axis=1)
+    keys = jax.device_put(keys, states_at.step)
+    states = [init_state(args, o, d, keys[0, k]) for k in range(args.num_seeds)]
+    if mode == "evaluate":
+        state, _, meta = load_checkpoint(run_dir / "checkpoint.npz", saved, states[0])
+        state = jax.device_put(state, states_at.step)
+        rows = evaluate(args, state, keys[3, 0], meta["step"], run_dir)
+        print(f"step {meta['step']}: {summary(rows)}")
+        return 0
+    loaded = load_runs(saved, run_dir, states[0]) if mode == "resume" else []
+    if loaded and loaded[0][2]["step"] >= args.total_timesteps:
+        print(f"{run_dir} is complete at step {loaded[0][2]['step']}")
+        return 0
+    if mode == "train":
+        run_dir = create_run_dir(args, replay_shape(args, o, d))
+    loaded = loaded or [(state, None, {"step": 0}) for state in states]
+    state = jax.device_put(stack_seeds([state for state, *_ in loaded]), states_at)
+    runs = [
+        open_run(seed_args, folder, seed_envs, *rest)
+        for (seed_args, folder), seed_envs, (_, *rest) in zip(
+            run_dirs(args, run_dir), envs, loaded, strict=True
+        )
+    ]
+    sizes = [sum(x.size for x in jax.tree.leaves(net)) for net in states[0][:2]]
     print(f"run folder  {run_dir}")
-    print(f"device      {split.num_devices} x {jax.devices()[0].device_kind}")
+    print(f"device      {batches.num_devices} x {jax.devices()[0].device_kind}")
     print(f"parameters  policy {sizes[0]:,}, critics {sizes[1]:,}", flush=True)
     stop = watch_signals()
-    compile_apart(args, state, obs, split, replay.rows.shape[1], keys[2])
-    return train(args, run_dir, envs, replay, state, obs, evals, rng, keys, split, stop)
+    compile_apart(args, runs, state, batches, keys[2])
+    return train(args, run_dir, runs, state, keys, batches, stop)
 
 
 def main():

@@ -97,6 +97,25 @@ def killed(script, root):
     return codes, script.run(*flags, cwd=root)
 
 
+def seeds(script, root):
+    """Seeds 1 and 2 as one program: undisturbed, and stopped twice, then seed 2 goes on alone."""
+    flags = [*HOPPER, "--num-seeds", 2, "--run-dir"]
+    whole = script.run(*flags, "seeds", cwd=root)
+    folder = root / "seeds-stopped"
+    process = script.start(*flags, folder, cwd=root)
+    ends = [stop(process, folder / "seed-2", 3, signal.SIGKILL)]
+    ends += [stop(script.start("--resume", folder, cwd=root), folder / "seed-2", 3, signal.SIGTERM)]
+    shutil.copytree(folder / "seed-2", root / "alone-2")
+    newest = folder / "seed-1" / "checkpoint.npz"  # as if killed between the two files
+    newest.with_suffix(".previous.npz").replace(newest)
+    return (
+        whole,
+        ends,
+        script.run("--resume", folder, cwd=root),
+        script.run("--resume", "alone-2", cwd=root),
+    )
+
+
 def pendulum(script, root):
     return script.run(*TINY, "--env-id", "Pendulum-v1", "--run-dir", "pendulum", cwd=root)
 
@@ -130,7 +149,7 @@ def outcome(script, root):
     with ThreadPoolExecutor(2) as pool:
         futures = {f: pool.submit(f, script, root) for f in (undisturbed, pendulum, refused)}
         futures[undisturbed].result()
-        for f in (killed, signalled, alone, other_seed, evaluated, nan_env, own_env):
+        for f in (killed, signalled, seeds, alone, other_seed, evaluated, nan_env, own_env):
             futures[f] = pool.submit(f, script, root)
         yield lambda scenario: futures[scenario].result()
 
@@ -306,6 +325,31 @@ def test_killed_five_times_ends_bit_identical(outcome, root):
     assert_same_end(root / "killed", root / "whole")
 
 
+def test_seeds_side_by_side(outcome, root):
+    """Two seeds as one program end as each by itself, up to the order of sums; killed, stopped and
+    resumed, with one seed a checkpoint behind, they end bit-identical; one goes on alone."""
+    (code, out, err), ends, (code_2, _, err_2), (code_3, _, err_3) = outcome(seeds)
+    assert (code, err) == (0, "") and len(re.findall(r"^step 4000: ", out, re.MULTILINE)) == 2
+    assert [end[0] for end in ends] == [-signal.SIGKILL, 128 + signal.SIGTERM]
+    assert code_2 == code_3 == 0, (err_2, err_3)
+    assert "but another seed has" in err_2
+    assert outcome(undisturbed)[0] == outcome(other_seed)[0] == 0
+    names = {path.name for path in (root / "seeds").iterdir()}
+    assert names == {"args.json", "versions.json", "seed-1", "seed-2"}
+    for seed, single in ((1, "whole"), (2, "seed2")):
+        folder = root / "seeds" / f"seed-{seed}"
+        ours, theirs = read_evals(folder), read_evals(root / single)
+        np.testing.assert_array_equal(ours[:, :2], theirs[:, :2])
+        first = ours[:, 0] == EVAL_STEPS[0]  # later the simulation has amplified the rounding
+        np.testing.assert_allclose(ours[first], theirs[first], rtol=1e-2)
+        arrays, meta = arrays_of(folder / "checkpoint.npz")
+        assert (meta["step"], meta["args"]["seed"], meta["args"]["num_seeds"]) == (4000, seed, 1)
+        assert arrays.keys() == arrays_of(root / single / "checkpoint.npz")[0].keys()
+        assert_same_end(root / "seeds-stopped" / f"seed-{seed}", folder)
+    ours, theirs = read_evals(root / "alone-2"), read_evals(root / "seeds" / "seed-2")
+    np.testing.assert_array_equal(ours[:, :2], theirs[:, :2])
+
+
 def test_nan_reward_stops_the_run(outcome, root):
     code, out, err = outcome(nan_env)
     assert code == 1
@@ -314,7 +358,7 @@ def test_nan_reward_stops_the_run(outcome, root):
     pattern = r"error: reward of environment 0 is not finite at step 380; saved in nan/diverged.npz"
     assert re.fullmatch(pattern, err.strip()), err
     arrays, meta = arrays_of(path)
-    assert meta["step"] == 380 and int(arrays["state.step"]) == 16
+    assert meta["step"] == 380 and int(arrays["state.step"]) == 17  # that update ran beside it
     # the newest checkpoint was not replaced by the diverged state
     assert arrays_of(root / "nan" / "checkpoint.npz")[1]["step"] == 250
 
@@ -375,6 +419,11 @@ def call(monkeypatch, capsys, tmp_path):
         "--critic-lr nan",
         "--reward-scale inf",
         "--seed -1",
+        "--num-seeds 0",
+        "--sampling-steps 21",
+        "--sampling-steps 0",
+        "--diffusion-steps 5",
+        "--sampler euler",
         "--eval-episodes 0",
         "--eval-every -1",
         "--noise-start -0.1",

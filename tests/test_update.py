@@ -7,18 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from simpo_mujoco import (
     POLICY_METRICS,
     Args,
     act,
+    act_seeds,
     init_state,
     noise_std,
     optimisers,
     q_values,
     sample_actions,
     shardings,
+    stack_seeds,
+    take_seed,
     update,
+    update_seeds,
 )
 
 OBS, ACT = 3, 2
@@ -38,9 +43,15 @@ TINY = Args(
 )
 
 
+def places(args):
+    """Sharding of whole arrays, and of a single seed's batch [B, .]."""
+    states, batches = shardings(args)
+    return states.step, NamedSharding(batches.mesh, PartitionSpec("devices"))
+
+
 def fresh(args, obs_dim=OBS, act_dim=ACT):
-    """State and key on the devices of `args`, as the script sets them up, and the batch's place."""
-    whole, split = shardings(args)
+    """State and key on the devices of `args`, as the script sets them up, and a batch's place."""
+    whole, split = places(args)
     keys = jax.random.split(jax.random.key(args.seed), 2)
     make = jax.jit(init_state, static_argnums=(0, 1, 2))
     state, key = jax.device_put((make(args, obs_dim, act_dim, keys[0]), keys[1]), whole)
@@ -148,7 +159,7 @@ def test_critic_target_by_hand():
         )
         rows = random_rows(1)
         rows[:, -2:] = 2.0, ended
-        state = jax.device_put(state, shardings(TINY)[0])
+        state = jax.device_put(state, places(TINY)[0])
         return float(update(TINY, state, jax.device_put(rows, split), key)[1]["q_target"])
 
     reward, flat = 2.0 * TINY.reward_scale, [(0, 0), (0, 0)]
@@ -198,7 +209,7 @@ def test_sharding_over_two_devices_changes_nothing():
     if len(jax.devices()) < 2:
         pytest.skip("needs two devices")
     (one, metrics_one, _), (two, metrics_two, _) = history(1), history(2)
-    whole, split = shardings(dataclasses.replace(TINY, num_devices=2))
+    whole, split = places(dataclasses.replace(TINY, num_devices=2))
     assert len(whole.device_set) == 2
     placed = jax.device_put(random_rows(0), split)
     assert [shard.data.shape[0] for shard in placed.addressable_shards] == [16, 16]
@@ -206,6 +217,42 @@ def test_sharding_over_two_devices_changes_nothing():
         assert_trees_close(a, b, rtol=1e-3, atol=2e-5)
     for a, b in zip(metrics_one, metrics_two, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("num_seeds,num_devices", [(1, 1), (2, 1), (2, 2), (3, 2)])
+def test_seeds_side_by_side_are_those_alone(num_seeds, num_devices):
+    """`update_seeds` and `act_seeds` compile once and give each seed's own states and actions, with
+    whole seeds on a device (2 on 2) and with every batch split (3 on 2)."""
+    if len(jax.devices()) < num_devices:
+        pytest.skip("needs two devices")
+    args = dataclasses.replace(TINY, num_seeds=num_seeds, num_devices=num_devices)
+    state_place, batches = shardings(args)
+    alone = [fresh(dataclasses.replace(TINY, seed=seed)) for seed in range(num_seeds)]
+    keys = jax.device_put(jnp.stack([key for _, key, _ in alone]), state_place.step)
+    states = [state for state, *_ in alone]
+    state = jax.device_put(stack_seeds(states), state_place)
+    sizes = update_seeds._cache_size(), act_seeds._cache_size()
+    for step in range(5):
+        rows = np.stack([random_rows(10 * step + k) for k in range(num_seeds)])
+        obs = np.full((num_seeds, 5, OBS), 0.1 * step, np.float32)
+        actions = act_seeds(args, state, obs, keys, np.int32(step))
+        placed = jax.device_put(rows, batches)
+        axis = 0 if num_seeds % num_devices == 0 and num_seeds > 1 else 1
+        part = placed.addressable_shards[0].data.shape[axis]
+        assert part * num_devices == rows.shape[axis]
+        state, metrics = update_seeds(args, state, placed, keys)
+        for k, (_, key, split) in enumerate(alone):
+            one = act(TINY, True, states[k], obs[k], key, np.int32(step))
+            np.testing.assert_allclose(actions[k], one, atol=2e-4)
+            states[k], values = update(TINY, states[k], jax.device_put(rows[k], split), key)
+            ours = {name: float(x[k]) for name, x in metrics.items()}
+            theirs = {name: float(x) for name, x in values.items()}
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    for k in range(num_seeds):
+        assert_trees_close(take_seed(state, k), states[k], rtol=1e-3, atol=5e-5)
+    if num_seeds > 1:
+        assert moved(take_seed(state, 0).theta, take_seed(state, 1).theta)
+    assert (update_seeds._cache_size() - sizes[0], act_seeds._cache_size() - sizes[1]) == (1, 1)
 
 
 # ---- probe problems ---------------------------------------------------------------------------

@@ -805,7 +805,7 @@ def load_checkpoint(path, args, template, limit=math.inf):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         meta = json.loads(arrays["meta"].tobytes())
-        if (meta["script"], meta["args"]) != (SCRIPT, dataclasses.asdict(args)):
+        if (meta["script"], Args(**meta["args"])) != (SCRIPT, args):
             raise ValueError("written by another script or with other arguments")
         if meta["step"] > limit:
             raise ValueError(f"of step {meta['step']}, but another seed has {limit}")
@@ -814,7 +814,7 @@ def load_checkpoint(path, args, template, limit=math.inf):
             raise ValueError("networks of other sizes")
         leaves = [arrays[name] for name in names]
         return jax.tree.unflatten(jax.tree.structure(template), leaves), arrays, meta
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         reason = f"no usable checkpoint in {path}: {' '.join(str(error).split())}"
     previous = path.with_suffix(".previous.npz")
     if not previous.exists():

@@ -25,16 +25,16 @@ import tyro  # noqa: E402
 
 import simpo_mujoco as simpo  # noqa: E402
 
-STEPS = (3, 4, 5, 10, 20)
+STEPS = (3, 4, 5, 6, 8, 10, 20)
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """run folders of simpo_mujoco.py with a checkpoint"""
-    states: int = 128
+    states: int = 64
     """states to compare at"""
-    samples: int = 1024
+    samples: int = 512
     """actions of each state and sampler"""
     out: Path = Path("benchmark/sampler.csv")
     """the CSV to write"""

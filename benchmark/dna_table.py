@@ -8,6 +8,7 @@ the peers (pretrained, best-of-n, smc) are taken once a seed.
 
 import csv
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +52,19 @@ def table(rows):
 
 def main(args):
     rows = read_rows(args.runs)
+    if not rows:
+        print(
+            "error: none of the folders has a metrics.csv, which a complete run has",
+            file=sys.stderr,
+        )
+        return 2
     with args.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("data", "seed", *next(iter(rows.values()))))
         writer.writerows((data, seed, *row.values()) for (data, _, seed), row in rows.items())
     print("\n".join(table(rows)))
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    sys.exit(main(tyro.cli(Args)))

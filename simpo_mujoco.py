@@ -698,9 +698,7 @@ class Run:
     evals: np.ndarray  # rows of eval.csv
     rng: np.random.Generator  # of the first actions and the batches
     log: SummaryWriter
-    returns: deque = dataclasses.field(
-        default_factory=lambda: deque([], 20)
-    )  # of the last episodes
+    returns: deque  # of the last training episodes
 
 
 def save_checkpoint(run, state, name="checkpoint.npz"):
@@ -797,7 +795,7 @@ def create_run_dir(args, shape):
         run_dir.mkdir(parents=True, exist_ok=True)
         if any(run_dir.iterdir()):
             raise UsageError(f"--run-dir {run_dir} is not empty; --resume goes on with a run")
-        for seed_args, folder in {(args, run_dir), *run_dirs(args, run_dir)}:
+        for seed_args, folder in dict.fromkeys(((args, run_dir), *run_dirs(args, run_dir))):
             folder.mkdir(exist_ok=True)
             for file, content in (("args", dataclasses.asdict(seed_args)), ("versions", versions)):
                 (folder / f"{file}.json").write_text(json.dumps(content, indent=2))
@@ -896,20 +894,21 @@ def shardings(args):
 
     Each device has whole seeds if they come out even, or else a part of every batch.
     """
-    devices, k = jax.devices(), args.num_seeds
-    spread = lambda count: count > 1 and k % count == 0  # noqa: E731
-    count = args.num_devices
+    devices, count = jax.devices(), args.num_devices
     if count is None:
         count = len(devices) if devices[0].platform == "cpu" else 1
-        count = count if spread(count) else math.gcd(count, args.batch_size)
-    if count > len(devices) or args.batch_size % count and not spread(count):
+        count = count if args.num_seeds % count == 0 else math.gcd(count, args.batch_size)
+    even = args.num_seeds % count == 0
+    if count > len(devices) or not even and args.batch_size % count:
         rule = f"at most {len(devices)} here and divide --batch-size {args.batch_size}"
         raise UsageError(f"--num-devices must be {rule}, got {count}")
     mesh = jax.sharding.Mesh(np.array(devices[:count]), ("devices",))
     whole, first, second = (
         NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("devices",), (None, "devices"))
     )
-    return (State(*[first] * 6, whole), first) if spread(count) else (State(*[whole] * 7), second)
+    if even and count > 1:
+        return State(*[first] * 6, whole), first
+    return State(*[whole] * 7), second
 
 
 def watch_signals():
@@ -961,16 +960,18 @@ def step_run(run, a0):
         log_charts(run.log, dict(zip(CHARTS, stats, strict=True)), run.replay.written)
 
 
-def evaluate_run(run, state, key, bar, stop):
+def evaluate_run(args, run, state, key, bar, stop):
     """One evaluation of one seed into its eval.csv and log, unless it has been stopped."""
     step = run.replay.written
-    rows = evaluate(run.args, state, key, step, run.folder, stop)
+    rows = evaluate(args, state, key, step, run.folder, stop)
     if rows is not None:
         run.evals = np.concatenate([run.evals, rows])
         np.savetxt(run.folder / "eval.csv", run.evals, **EVAL_CSV)
         means = {f"eval_{name}": x.mean() for name, x in eval_columns(rows).items()}
         log_charts(run.log, means, step)
-        bar.write(f"step {step}: {summary(rows)}")
+        bar.write(
+            f"step {step}: {summary(rows)}" + f", seed {run.args.seed}" * (args.num_seeds > 1)
+        )
 
 
 def train(args, run_dir, runs, state, keys, batches, stop):
@@ -996,7 +997,7 @@ def train(args, run_dir, runs, state, keys, batches, stop):
         paused = time.perf_counter()
         for k, run in enumerate(runs):
             if due(args.eval_every) and step not in run.evals[:, 0]:
-                evaluate_run(run, take_seed(state, k), k_eval[k], bar, stop)
+                evaluate_run(args, run, take_seed(state, k), k_eval[k], bar, stop)
         start += time.perf_counter() - paused
         if stop or step > first and due(args.checkpoint_every):
             save("checkpoint.npz")
@@ -1053,7 +1054,8 @@ def open_run(args, folder, envs, arrays, meta):
         obs, evals = np.stack([env.restore(*past) for env, *past in pasts]), arrays["evals"]
         rng.bit_generator.state = meta["rng"]
     replay = Replay(folder / "replay.dat", shape, args.buffer_size, meta["step"])
-    return Run(args, folder, envs, obs, replay, evals, rng, open_log(args, folder, meta["step"]))
+    log = open_log(args, folder, meta["step"])
+    return Run(args, folder, envs, obs, replay, evals, rng, log, deque([], 20))
 
 
 def run(args, mode, run_dir, saved):

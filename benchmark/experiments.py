@@ -10,8 +10,8 @@ BANDIT, DNA = "simpo_bandit.py", "simpo_dna.py"
 
 # The documented fast setting: flags by script.
 FAST = {
-    MUJOCO: "--sampler dpm2 --sampling-steps 6 --num-samples 8 --eps-kl 0.9",
-    DMC: "--sampler dpm2 --sampling-steps 6 --num-samples 8 --eps-kl 0.9",
+    MUJOCO: "--sampler dpm2 --sampling-steps 6 --num-samples 6 --eps-kl 0.8",
+    DMC: "--sampler dpm2 --sampling-steps 6 --num-samples 6 --eps-kl 0.8",
     BANDIT: "",  # takes a minute as it is
     DNA: "--sampling-steps 32",
 }

@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.."
 declare -A flags=(
   [ddpm-20-N32]=""
   [dpm2-6-N8]="--sampler dpm2 --sampling-steps 6 --num-samples 8 --eps-kl 0.9"
+  [dpm2-6-N6]="--sampler dpm2 --sampling-steps 6 --num-samples 6 --eps-kl 0.8"
   [dpm2-5-N8]="--sampler dpm2 --sampling-steps 5 --num-samples 8 --eps-kl 0.9"
   [ddim-5-N8]="--sampler ddim --sampling-steps 5 --num-samples 8 --eps-kl 0.9"
   [ddpm-5-N8]="--sampler ddpm --sampling-steps 5 --num-samples 8 --eps-kl 0.9"
@@ -18,7 +19,7 @@ declare -A flags=(
 
 for seed in ${SEEDS:-1 2 3}; do
   for task in ${TASKS:-InvertedDoublePendulum-v4 Reacher-v4}; do
-    for setting in ${SETTINGS:-ddpm-20-N32 dpm2-6-N8 dpm2-5-N8 ddim-5-N8 ddpm-5-N8}; do
+    for setting in ${SETTINGS:-ddpm-20-N32 dpm2-6-N6 dpm2-6-N8 dpm2-5-N8 ddim-5-N8 ddpm-5-N8}; do
       run_dir="runs/fast/${task}__${setting}__$seed"
       if [ ! -e "$run_dir/args.json" ]; then
         python simpo_mujoco.py --run-dir "$run_dir" --env-id "$task" --seed "$seed" \

@@ -60,7 +60,7 @@ OURS = (
 )
 PROGRAMS = {
     "ours": OURS,
-    "ours-fast": f"{OURS} --sampler dpm2 --sampling-steps 6 --num-samples 8 --eps-kl 0.9",
+    "ours-fast": f"{OURS} --sampler dpm2 --sampling-steps 6 --num-samples 6 --eps-kl 0.8",
     "dpmd": "env WANDB_MODE=disabled {peers}/dpmd/bin/python "
     "{peers}/dpmd-src/scripts/train_mujoco.py --alg dpmd --env {env} --seed {seed} "
     "--start_step {starts} --total_step {train}",

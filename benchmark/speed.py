@@ -63,7 +63,7 @@ SHAPES = {  # o, d
 }
 SETTINGS = {
     "default": {},
-    "fast": {"sampler": "dpm2", "sampling_steps": 6, "num_samples": 8, "eps_kl": 0.9},
+    "fast": {"sampler": "dpm2", "sampling_steps": 6, "num_samples": 6, "eps_kl": 0.8},
     "tiny": {"hidden_dim": 8, "num_samples": 2, "sampling_steps": 1, "eps_kl": 0.3},
 }
 

@@ -56,7 +56,7 @@ def flag(run, name):
 def test_figure6_scales_the_bound_with_the_samples():
     for setting, values in (
         ([], "1 1.5 2"),
-        (["--fast"], "0.6 0.9 1.2"),
+        (["--fast"], "0.5333 0.8 1.067"),
         (["--smoke"], "0.4 0.6 0.8"),
     ):
         runs = plan("figure6", *setting, "--tasks", "Ant-v4", "--seeds", "7")

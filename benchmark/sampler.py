@@ -4,15 +4,17 @@
 
 Loads each run folder's policy, meets --states states with it in its task, draws --samples actions
 at each of them with every sampler, and prints and writes to a CSV (run, sampler, S, w1, w1_floor,
-spread, spread_ddpm20). All are means over states and action dimensions, in half action ranges:
+w1_limit, spread, spread_ddpm20); half a minute a run. All are means over states and action
+dimensions, in half action ranges:
     w1        Wasserstein-1 distance of the marginals to those of `ddpm` with S = T
     w1_floor  the same between two draws of `ddpm` with S = T: what a perfect sampler would have
-    spread    standard deviation of the samples; spread_ddpm20 that of `ddpm` with S = T
     w1_limit  w1 to `dpm2` with S = T instead, the nearest to the exact flow of this network
+    spread    standard deviation of the samples; spread_ddpm20 that of `ddpm` with S = T
 """
 
 import csv
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -42,7 +44,10 @@ class Args:
 
 def load(folder):
     """-> args and State of a run's last checkpoint."""
-    args = simpo.Args(**json.loads((folder / "args.json").read_text()))
+    try:
+        args = simpo.Args(**json.loads((folder / "args.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise simpo.UsageError(f"{folder} is not a run folder: {error}") from None
     envs = simpo.make_envs(args, 1, 0)
     sizes = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     template = simpo.init_state(args, *sizes, jax.random.key(0))
@@ -95,17 +100,28 @@ def compare(args, folder):
             }
 
 
-def main(args):
+def write(args):
+    """Compares at every run, before the CSV is touched for the first."""
+    rows = (row for folder in args.runs for row in compare(args, folder))
+    first = next(rows)
     with args.out.open("w", newline="") as file:
-        writer = None
-        for row in (row for folder in args.runs for row in compare(args, folder)):
+        writer = csv.DictWriter(file, first, lineterminator="\n")
+        writer.writeheader()
+        for row in itertools.chain([first], rows):
             row = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}
-            writer = writer or csv.DictWriter(file, row, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
             writer.writerow(row)
             print(*row.values(), flush=True)
 
 
+def main():
+    """Writes the CSV; returns the exit code."""
+    try:
+        write(tyro.cli(Args))
+    except (simpo.UsageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    sys.exit(main())

@@ -56,13 +56,30 @@ CHEETAH = {
     f"cheetah-run-{name}": f"--domain cheetah --task run --reward {name}"
     for name in ("sqrt", "linear", "square", "exp")
 }
+SHORT = """--batch-size 64 --learning-starts 5000 --total-timesteps 20000 --noise-steps 15000
+    --eval-every 5000"""
+EASY = {
+    f"{name}-v4": f"--env-id {name}-v4 {SHORT}" for name in ("InvertedDoublePendulum", "Reacher")
+}
+CHOICES = {  # one change each from the first, Lin. Neg. as in Table 2
+    "linear_neg": "--neg-clip -0.05",
+    "linear": "--neg-clip 0",
+    "exp": "--weighting exp",
+    "clip=-0.5": "--neg-clip -0.5",
+    "no_train_noise": "--neg-clip -0.05 --no-train-noise",
+    "noise_start=0.1": "--neg-clip -0.05 --noise-start 0.1",
+    "noise_end=0.3": "--neg-clip -0.05 --noise-end 0.3",
+    "policy_delay=1": "--neg-clip -0.05 --policy-delay 1",
+    "reward_scale=1": "--neg-clip -0.05 --reward-scale 1",
+    "num_envs=1": "--neg-clip -0.05 --num-envs 1",
+}
 BUMPS = {name: f"--figure 3 --landscape {name}" for name in ("broad", "sharp")}
 BOUNDS = {f"eps_kl={x}": f"--eps-kl {x}" for x in (1.0, 1.5, 2.0)}  # of N = 32
 TUNED = weightings(*PLAIN, "wd1", linear_neg=-1, square_neg=-1)
 TUNED = {name: flags + " --no-compare" * (name != "exp") for name, flags in TUNED.items()}
 
-# Where the paper is silent: seeds of all but Table 2; tasks and weighting of figure 6 (all of Table
-# 2, Linear); clips of the bandit (simpo_bandit.py says why) and of DNA.
+# The ablation is ours. Where the paper is silent: seeds of all but Table 2; tasks and weighting of
+# figure 6 (all of Table 2, Linear); clips of the bandit (simpo_bandit.py says why) and of DNA.
 EXPERIMENTS = {
     "table2": Experiment(MUJOCO, FIVE, GYM, weightings(*PLAIN, linear_neg=-0.05)),
     "figure2": Experiment(
@@ -74,6 +91,7 @@ EXPERIMENTS = {
     "figure3": Experiment(BANDIT, TWENTY, BUMPS, weightings(*PLAIN)),
     "figure5": Experiment(DMC, FIVE, CHEETAH, weightings(*PLAIN)),
     "figure6": Experiment(MUJOCO, FIVE, GYM, BOUNDS),
+    "ablation": Experiment(MUJOCO, (1, 2, 3), EASY, CHOICES),
     "table3": Experiment(DNA, (1, 2, 3), {"generated": ""}, TUNED),
 }
 # Flags of simpo_dna.py for its pretraining; the last three are for that alone.

@@ -202,14 +202,15 @@ def table2(rows):
 
 
 def returns_table(rows, experiment):
-    """Ours alone: the paper has a picture."""
+    """Ours alone: the paper has a picture, or nothing."""
     _, _, tasks, methods = EXPERIMENTS[experiment]
     values = curves(rows, "return", "step")
     lines = [
         [LABELS.get(method, method), *(cell(values.get((task, method))) for task in tasks)]
         for method in methods
     ]
-    head = ["The paper shows curves, no numbers. In brackets: environment steps x seeds.", ""]
+    paper = "has nothing" if experiment == "ablation" else "shows curves, no numbers"
+    head = [f"The paper {paper}. In brackets: environment steps x seeds.", ""]
     lines = head + markdown(["method", *tasks], lines)
     return lines + (iqm_table(values, methods) if experiment == "figure6" else [])
 

@@ -42,7 +42,7 @@ def test_scripts_accept_the_flags_of_every_run(name):
             module = importlib.import_module(run.script.removesuffix(".py"))
             args = tyro.cli(module.Args, args=[*run.flags, "--run-dir", run.name])
             assert str(args.seed) == run.seed.split("-")[0]
-    seeds = {"table2": 5, "table3": 3, "figure5": 5, "figure6": 5}.get(name, 1)
+    seeds = {"table2": 5, "table3": 3, "figure5": 5, "figure6": 5, "ablation": 3}.get(name, 1)
     _, _, tasks, methods = experiments.EXPERIMENTS[name]
     runs = plan(name)
     assert len({run.name for run in runs}) == len(runs)
@@ -101,6 +101,7 @@ def test_dna_starts_from_one_pretrained_model_a_seed(tmp_path):
         ("table2 --seeds 1 1", "--seeds must be different"),
         ("figure2 --seeds 1 3", "--seeds must be in a row"),
         ("table3 --total-timesteps 100", "--total-timesteps must be left out"),
+        ("ablation --total-timesteps 100", "--total-timesteps must be left out"),
         ("table2 --sedes 1", "--sedes"),
     ],
 )

@@ -55,6 +55,7 @@ import matplotlib.pyplot as plt
 
 BOX = 2.0  # actions are clipped to [-BOX, BOX]
 FINAL_SAMPLES = 1024  # for each seed, of the trained policy
+INIT, TRAIN, FINAL = range(3)  # what a seed's key is folded with, for three independent streams
 LABELS = {"linear": "Linear", "square": "Square", "exp": "Exp", "linear_neg": "Lin. Neg."}
 
 
@@ -227,7 +228,7 @@ def weights(args, q, lam):
     n, q = q.shape[-1], jax.lax.stop_gradient(q - jnp.max(q, axis=-1, keepdims=True))
     if args.weighting == "exp":  # Example 3.1
         return n * jax.nn.softmax(q / lam, axis=-1)
-    if args.weighting == "qvpo":  # Example 3.2, lam fixed to 1/2
+    if args.weighting == "qvpo":  # twice Example 3.2: lam 1/2, but g(y) = y as in Table 1
         return jax.nn.relu(q - jnp.mean(q, axis=-1, keepdims=True)) / 0.5
     if args.weighting == "wd1":  # Example 3.4
         adv = jax.nn.standardize(q, axis=-1, epsilon=1e-12)
@@ -276,7 +277,7 @@ def fit_flow(theta, opt, optimiser, draw, num_steps, key):
 
 def init_learner(args, landscape, key):
     """A policy fitted to the landscape's initial Gaussian by unweighted matching."""
-    k_net, k_fit = jax.random.split(key)
+    k_net, k_fit = jax.random.split(jax.random.fold_in(key, INIT))
 
     def draw(key):
         return landscape.mean + landscape.std * jax.random.normal(key, (256,)), jnp.ones(256)
@@ -303,7 +304,8 @@ def train_epoch(args, method, landscape, learner, key, progress):
     metrics = {"regret": landscape.best() - landscape.reward(a0).mean(), "spread": a0.std()}
     noise = args.noise * (1 - progress) * jax.random.normal(k_noise, a0.shape)
     a0 = jnp.clip(a0 + noise, -BOX, BOX)
-    q = jax.nn.standardize(landscape.reward(a0), epsilon=1e-12)
+    r = landscape.reward(a0)
+    q = (r - r.mean()) / jnp.sqrt(r.var() + 1e-12)  # jax.nn.standardize cancels: E r^2 - (E r)^2
     if method.neg_clip:
         fade = jnp.maximum(1 - progress / args.neg_until, 0.0)
         method = method._replace(neg_clip=method.neg_clip * fade)
@@ -325,7 +327,7 @@ def train_epochs(args, method, num_epochs, landscape, learners, keys, epoch, epo
     """
 
     def one(learner, key, i):
-        key = jax.random.fold_in(key, i)
+        key = jax.random.fold_in(jax.random.fold_in(key, TRAIN), i)
         return train_epoch(args, method, landscape, learner, key, i / epochs)
 
     def scanned(learners, i):
@@ -374,8 +376,11 @@ FIGURES = {"2": ("escape",), "3": ("broad", "sharp")}
 @functools.partial(jax.jit, static_argnums=0)
 def final_samples(args, learners, keys):
     """Samples [S, FINAL_SAMPLES] of S policies."""
-    draw = functools.partial(flow_sample, args)
-    return jax.vmap(lambda theta, key: draw(theta, FINAL_SAMPLES, key))(learners.theta, keys)
+
+    def draw(theta, key):
+        return flow_sample(args, theta, FINAL_SAMPLES, jax.random.fold_in(key, FINAL))
+
+    return jax.vmap(draw)(learners.theta, keys)
 
 
 def seed_keys(args):

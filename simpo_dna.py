@@ -94,7 +94,7 @@ class Args:
     neg_clip: float = 0.0
     """l in eq. (11), in units of w; 0 keeps w >= 0"""
     neg_floor: float = 0.05
-    """negative weights stop to lower p(x0_i | x_t) here; 0 lets them go on"""
+    """negative weights stop lowering p(x0_i | x_t) here; 0 lets them go on"""
     # --- run ---
     seed: int = 1
     """seed of the network, the order of the data and all sampling"""
@@ -341,8 +341,8 @@ def motif_score(motifs, x):
     log-sum-exp over positions and strands, standardised, weighted. Not an enhancer's activity.
     """
     total = jax.nn.logsumexp(motif_log_odds(motifs, x), axis=(1, 2))
-    *w, bias = motifs["w"]
-    return (total - motifs["mean"][None]) / motifs["sd"][None] @ jnp.stack(w) + bias
+    w, bias = motifs["w"][:-1], motifs["w"][-1]
+    return (total - motifs["mean"][None]) / motifs["sd"][None] @ w + bias
 
 
 @jax.jit
@@ -469,7 +469,7 @@ def weights(args, q, lam):
     n, q = q.shape[-1], jax.lax.stop_gradient(q - jnp.max(q, axis=-1, keepdims=True))
     if args.weighting == "exp":  # Example 3.1
         return n * jax.nn.softmax(q / lam, axis=-1)
-    if args.weighting == "qvpo":  # Example 3.2, lam fixed to 1/2
+    if args.weighting == "qvpo":  # twice Example 3.2: lam 1/2, but g(y) = y as in Table 1
         return jax.nn.relu(q - jnp.mean(q, axis=-1, keepdims=True)) / 0.5
     if args.weighting == "wd1":  # Example 3.4
         adv = jax.nn.standardize(q, axis=-1, epsilon=1e-12)
@@ -512,7 +512,8 @@ def new_state(args, phase, theta, length=0):
 
 
 def subs_loss(theta, x0, w, key, neg_floor=0.0):
-    """Weighted SUBS loss, nats a base: x0 [B, L], w [B]. Its mean over w = 1 bounds -log p.
+    """Weighted SUBS loss, nats a base: x0 [B, L], w [B] -> []. With w = 1 its expectation is at
+    least the mean of -log p(x0) / L.
 
     t is stratified over the batch. Where w < 0, a base of p(x0_i | x_t) < neg_floor adds nothing
     to the gradient, so that the loss is bounded below.
@@ -551,6 +552,7 @@ def weigh(args, state, theta_pretrained, oracle, x0, key):
         log_lam, kl = update_lam(log_lam, q, args.eps_kl)
     w = weights(args, q, jnp.exp(log_lam))
     ones = jnp.ones(x0.shape[0])
+    ess = jnp.sum(jnp.abs(w), axis=-1) ** 2 / jnp.maximum(jnp.sum(w**2, axis=-1), 1e-30)
     metrics = {
         "q_median": jnp.median(q),
         "q_max": q.max(),
@@ -561,7 +563,7 @@ def weigh(args, state, theta_pretrained, oracle, x0, key):
         "kl": kl,
         "w_max": w.max(),
         "w_negative": jnp.mean(w < 0),
-        "ess": jnp.mean(jnp.sum(jnp.abs(w), axis=-1) ** 2 / jnp.sum(w**2, axis=-1)),
+        "ess": ess.mean(),
     }
     return w.reshape(-1), state._replace(log_lam=log_lam), metrics
 
@@ -591,7 +593,7 @@ def finetune(args, state, theta_pretrained, oracle, masks, key):
         state, loss, norm = refit(args, "finetune", state, x0, w, k_refit)
         losses.append(loss)
         norms.append(norm)
-    metrics |= {"loss": sum(losses) / len(losses), "grad_norm": max(norms)}
+    metrics |= {"loss": sum(losses) / len(losses), "grad_norm": jnp.stack(norms).max()}
     return state._replace(replay=replay), metrics
 
 
@@ -863,9 +865,8 @@ def method_name(args):
 
 def make_table(args, run_dir, judge, theta, length, key, split, stop):
     """Writes the samples of every row as FASTA; -> {row: (x, numbers)}, None if stopped."""
-    calls = args.finetune_steps * args.num_groups * args.num_samples
+    n, calls = args.eval_samples, args.finetune_steps * args.num_groups * args.num_samples
     rows = {"pretrained": lambda k: (generate(args, judge.theta, n, length, k, split), 0)}
-    n = args.eval_samples
     if args.compare and calls:
         rows["best-of-n"] = lambda k: best_of(args, judge, calls, length, k, split)
         rows["smc"] = lambda k: run_smc(args, judge, length, k, split)
@@ -1001,7 +1002,7 @@ def open_log(args, run_dir, step):
         import wandb
 
         wandb.init(project="simpo", name=run_dir.name, config=vars(args), sync_tensorboard=True)
-    return SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(run_dir), purge_step=step + 1)
 
 
 def log_metrics(log, metrics, step):

@@ -12,7 +12,8 @@ Where the paper is silent, or we depart from it:
    samples that the policy is refitted to; else a policy refitted to its own samples collapses.
 2. The clip of eq. (11) also applies to the signed powers sign(y) |y|^p ("Sqr. Neg.").
 3. Actions taken and critic targets are the best of N samples by the smaller critic (as DPMD).
-4. The N samples are drawn at the next states of the batch and serve critic and policy alike.
+4. The N samples are drawn at the next states of the batch, so never at the first of an episode,
+   and serve critic and policy alike.
 5. lam follows its dual on a log scale, without the chain rule's factor lam.
 """
 
@@ -57,7 +58,7 @@ from common import solve_nu, update_lam
 
 SCRIPT, ENV_FLAGS, DECIMALS = "simpo_mujoco", "--env-id", 1  # of printed means
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "gymnasium", "mujoco")  # of versions.json
-EVAL_SEED = 2**32  # of the evaluation episodes, out of the range of --seed
+EVAL_SEED = 2**63  # of the evaluation episodes; SeedSequence pads words, so that 2**32 is seed 0
 GRAD_NORM_LIMIT = 1e6  # a run past it has diverged
 EPISODE = {"return": "r", "length": "l"}  # column of eval.csv: statistic of an episode's last info
 CHARTS = {f"episodic_{name}": statistic for name, statistic in EPISODE.items()}  # by tag
@@ -66,7 +67,7 @@ EVAL_CSV = {
     "header": ",".join(("step", "episode", *EPISODE)),
     "comments": "",
 }
-LOG_EVERY = 200  # updates between two reads of the metrics; a read waits for the device
+LOG_EVERY = 200  # updates of the policy between two reads of metrics; a read waits for the device
 
 
 class UsageError(Exception):
@@ -107,7 +108,7 @@ class Args:
     checkpoint_every: int = 25_000
     """environment steps between two checkpoints; 0 saves at the end and when stopped only"""
     num_devices: int | None = None
-    """XLA devices that share a batch; default every CPU device, or one GPU"""
+    """XLA devices that share a batch; default as many CPU devices as divide it, or one GPU"""
     capture_video: bool = False
     """write an mp4 of the first episode of every evaluation"""
     track: bool = False
@@ -193,6 +194,7 @@ class Args:
             ("batch_size", lambda x: x <= self.buffer_size, "at most --buffer-size"),
             ("learning_starts", lambda x: x < self.total_timesteps, "below --total-timesteps"),
             ("resume", lambda x: not (x and self.evaluate), "left out with --evaluate"),
+            ("track", lambda x: not (x and self.num_seeds > 1), "left out with --num-seeds"),
         ):
             for name in names.split():
                 value = getattr(self, name)
@@ -316,18 +318,17 @@ def sample(vel, schedule, shape, key):
     """From noise down the levels of the schedule, each predicted a0 clipped to [-1, 1]. -> a0."""
     k_init, k_steps = jax.random.split(key)
 
-    def denoise(carry, i):
-        at, last = carry
-        a0 = jnp.clip(alpha[i] * at - sigma[i] * vel(at, t[i]), -1, 1)
-        at = coef_a0[i] * a0 + coef_last[i] * last + coef_at[i] * at
+    def denoise(carry, level):
+        (at, last), (i, x) = carry, level
+        a0 = jnp.clip(x.alpha * at - x.sigma * vel(at, x.t), -1, 1)
+        at = x.coef_a0 * a0 + x.coef_last * last + x.coef_at * at
         if schedule.std.any():
-            at += std[i] * jax.random.normal(jax.random.fold_in(k_steps, i), shape)
+            at += x.std * jax.random.normal(jax.random.fold_in(k_steps, i), shape)
         return (at, a0), None
 
-    t, alpha, sigma, coef_a0, coef_last, coef_at, std = (jnp.asarray(x) for x in schedule)
-    levels = jnp.arange(len(schedule.t) - 1, -1, -1)
     start = jax.random.normal(k_init, shape), jnp.zeros(shape)
-    return jax.lax.scan(denoise, start, levels)[0][0]
+    levels = np.arange(len(schedule.t)), schedule
+    return jax.lax.scan(denoise, start, levels, reverse=True)[0][0]
 
 
 def sample_actions(args, theta, obs, key):
@@ -349,7 +350,7 @@ def weights(args, q, lam):
     n, q = q.shape[-1], jax.lax.stop_gradient(q - jnp.max(q, axis=-1, keepdims=True))
     if args.weighting == "exp":  # Example 3.1
         return n * jax.nn.softmax(q / lam, axis=-1)
-    if args.weighting == "qvpo":  # Example 3.2, lam fixed to 1/2
+    if args.weighting == "qvpo":  # twice Example 3.2: lam 1/2, but g(y) = y as in Table 1
         return jax.nn.relu(q - jnp.mean(q, axis=-1, keepdims=True)) / 0.5
     if args.weighting == "wd1":  # Example 3.4
         adv = jax.nn.standardize(q, axis=-1, epsilon=1e-12)
@@ -442,8 +443,9 @@ def update_policy(args, state, obs, a0, key):
     loss, grads = jax.value_and_grad(matching_loss)(state.theta, args, obs, a0, w, k_loss)
     updates, theta_opt = optimisers(args)[0].update(grads, state.theta_opt)
     theta = optax.apply_updates(state.theta, updates)
-    ess = jnp.mean(jnp.sum(jnp.abs(w), axis=-1) ** 2 / jnp.sum(w**2, axis=-1))
-    values = (w.max(), jnp.mean(w < 0), ess, kl, loss, optax.tree.norm(grads), jnp.exp(log_lam))
+    ess = jnp.sum(jnp.abs(w), axis=-1) ** 2 / jnp.maximum(jnp.sum(w**2, axis=-1), 1e-30)
+    norm, negative = optax.tree.norm(grads), jnp.mean(w < 0)
+    values = (w.max(), negative, ess.mean(), kl, loss, norm, jnp.exp(log_lam))
     metrics = dict(zip(POLICY_METRICS, values, strict=True))
     return state._replace(theta=theta, theta_opt=theta_opt, log_lam=log_lam), metrics
 
@@ -595,13 +597,33 @@ class Episodes(gym.Wrapper):
         return obs
 
 
+class CutOff(gym.Wrapper):
+    """Truncates an episode when its simulation blew up. MuJoCo then starts it again without a word;
+    only the clock tells. The last state known follows itself, with reward 0, and so bootstraps."""
+
+    def reset(self, *, seed=None, options=None):
+        self.obs, info = self.env.reset(seed=seed, options=options)
+        return self.obs, info
+
+    def step(self, action):
+        before = self.env.unwrapped.data.time
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if self.env.unwrapped.data.time <= before:
+            print("warning: episode cut off: the simulation is unstable", file=sys.stderr)
+            return self.obs, 0.0, False, True, info
+        self.obs = obs
+        return obs, reward, terminated, truncated, info
+
+
 def open_gym(args, video):
     """Gymnasium's environment; one that is filmed renders 240 x 240 pixels."""
     env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
-    if video and hasattr(env.unwrapped, "mujoco_renderer"):
+    if not hasattr(env.unwrapped, "mujoco_renderer"):
+        return env
+    if video:
         env.unwrapped.mujoco_renderer.width = env.unwrapped.mujoco_renderer.height = 240
         render_fast(env.unwrapped.model)
-    return env
+    return CutOff(env)
 
 
 open_env = open_gym  # what `make_env` wraps
@@ -795,7 +817,8 @@ def create_run_dir(args, shape):
         run_dir.mkdir(parents=True, exist_ok=True)
         if any(run_dir.iterdir()):
             raise UsageError(f"--run-dir {run_dir} is not empty; --resume goes on with a run")
-        for seed_args, folder in dict.fromkeys(((args, run_dir), *run_dirs(args, run_dir))):
+        folders = {run_dir: args} | {folder: own for own, folder in run_dirs(args, run_dir)}
+        for folder, seed_args in folders.items():
             folder.mkdir(exist_ok=True)
             for file, content in (("args", dataclasses.asdict(seed_args)), ("versions", versions)):
                 (folder / f"{file}.json").write_text(json.dumps(content, indent=2))
@@ -810,7 +833,7 @@ def open_log(args, run_dir, step):
         import wandb
 
         wandb.init(project="simpo", name=run_dir.name, config=vars(args), sync_tensorboard=True)
-    return SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(run_dir), purge_step=step + 1)
 
 
 def log_charts(log, values, step):
@@ -946,8 +969,9 @@ def step_envs(envs, replay, obs, a0):
         last_obs[i] = infos["final_obs"][i]
         ended.append(episode_stats(infos, i, CHARTS.values()))
     for name, x in (("reward", reward[:, None]), ("observation", last_obs)):
-        for i in np.flatnonzero(~np.isfinite(x).all(axis=1)):
-            raise Diverged(f"{name} of environment {i} is not finite")
+        bad = ~np.isfinite(x).all(axis=1)
+        if bad.any():
+            raise Diverged(f"{name} of environment {bad.argmax()} is not finite")
     replay.add(obs, last_obs, a0, reward, terminated)  # truncation bootstraps: not stored
     return next_obs, ended
 
@@ -960,18 +984,47 @@ def step_run(run, a0):
         log_charts(run.log, dict(zip(CHARTS, stats, strict=True)), run.replay.written)
 
 
-def evaluate_run(args, run, state, key, bar, stop):
-    """One evaluation of one seed into its eval.csv and log, unless it has been stopped."""
-    step = run.replay.written
-    rows = evaluate(args, state, key, step, run.folder, stop)
-    if rows is not None:
+def evaluate_runs(args, runs, state, keys, bar, stop):
+    """An evaluation of each seed that has none at this step, into its eval.csv and log, until
+    stopped. state of `stack_seeds`, keys [K]."""
+    for k, run in enumerate(runs):
+        step = run.replay.written
+        if step in run.evals[:, 0]:
+            continue
+        rows = evaluate(args, take_seed(state, k), keys[k], step, run.folder, stop)
+        if rows is None:
+            return
         run.evals = np.concatenate([run.evals, rows])
         np.savetxt(run.folder / "eval.csv", run.evals, **EVAL_CSV)
         means = {f"eval_{name}": x.mean() for name, x in eval_columns(rows).items()}
         log_charts(run.log, means, step)
-        bar.write(
-            f"step {step}: {summary(rows)}" + f", seed {run.args.seed}" * (args.num_seeds > 1)
-        )
+        seed = f", seed {run.args.seed}" if args.num_seeds > 1 else ""
+        bar.write(f"step {step}: {summary(rows)}{seed}")
+
+
+def save_runs(runs, state, name):
+    """`save_checkpoint` of each seed; state of `stack_seeds`."""
+    host = jax.device_get(state)
+    for k, run in enumerate(runs):
+        save_checkpoint(run, take_seed(host, k), name)
+
+
+def close_runs(run_dir, runs, stop):
+    """Closes the logs and, of a complete run, removes the replay; returns the exit code."""
+    for run in runs:
+        run.log.close()
+        if not stop:  # only a resume needs it
+            Path(run.replay.rows.filename).unlink()
+    if not stop:
+        return 0
+    step = runs[0].replay.written
+    print(f"stopped at step {step}; --resume {run_dir} goes on", file=sys.stderr)
+    return 128 + stop[0]
+
+
+def due(args, every, step):
+    """Whether what comes every so many steps, and at the end, comes after this one."""
+    return step >= args.total_timesteps or step and every and step % every < args.num_envs
 
 
 def train(args, run_dir, runs, state, keys, batches, stop):
@@ -983,25 +1036,16 @@ def train(args, run_dir, runs, state, keys, batches, stop):
     _, k_act, k_update, k_eval = keys
     step, updates = runs[0].replay.written, int(state.step)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
-    first, start = step, time.perf_counter()
-
-    def due(every):
-        return step >= args.total_timesteps or step and every and step % every < args.num_envs
-
-    def save(name):
-        host = jax.device_get(state)
-        for k, run in enumerate(runs):
-            save_checkpoint(run, take_seed(host, k), name)
-
+    first, logged, start = step, step, time.perf_counter()
     while True:
-        paused = time.perf_counter()
-        for k, run in enumerate(runs):
-            if due(args.eval_every) and step not in run.evals[:, 0]:
-                evaluate_run(args, run, take_seed(state, k), k_eval[k], bar, stop)
-        start += time.perf_counter() - paused
-        if stop or step > first and due(args.checkpoint_every):
-            save("checkpoint.npz")
-        if stop or step >= args.total_timesteps:
+        if due(args, args.eval_every, step):
+            paused = time.perf_counter()
+            evaluate_runs(args, runs, state, k_eval, bar, stop)
+            start += time.perf_counter() - paused
+        end = stop or step >= args.total_timesteps
+        if end or step > first and due(args, args.checkpoint_every, step):
+            save_runs(runs, state, "checkpoint.npz")
+        if end:
             break
         learning = step >= args.learning_starts
         if learning:
@@ -1017,26 +1061,20 @@ def train(args, run_dir, runs, state, keys, batches, stop):
             step = runs[0].replay.written
             bar.update(args.num_envs)
             if learning and updates % (LOG_EVERY * args.policy_delay) == 0:
-                sps = (step - first) / (time.perf_counter() - start)
-                means = [sum(run.returns) / max(len(run.returns), 1) for run in runs]
-                bar.set_postfix_str(f"return {np.mean(means):.0f}")
+                sps = (step - logged) / (time.perf_counter() - start)
                 for k, run in enumerate(runs):
                     run.log.add_scalar("charts/SPS", sps, step)
                     log_metrics(run.log, {name: x[k] for name, x in metrics.items()}, step)
+                means = [sum(run.returns) / max(len(run.returns), 1) for run in runs]
+                bar.set_postfix_str(f"return {np.mean(means):.0f}")
+                logged, start = step, time.perf_counter()
         except Diverged as error:
-            save("diverged.npz")
+            save_runs(runs, state, "diverged.npz")
             path = run.folder / "diverged.npz"
             raise Diverged(f"{error} at step {step}; saved in {path}") from None
         updates += learning
     bar.close()
-    for run in runs:
-        run.log.close()
-        if not stop:  # only a resume needs it
-            Path(run.replay.rows.filename).unlink()
-    if stop:
-        print(f"stopped at step {step}; --resume {run_dir} goes on", file=sys.stderr)
-        return 128 + stop[0]
-    return 0
+    return close_runs(run_dir, runs, stop)
 
 
 def open_run(args, folder, envs, arrays, meta):
@@ -1076,8 +1114,9 @@ def run(args, mode, run_dir, saved):
         print(f"step {meta['step']}: {summary(rows)}")
         return 0
     loaded = load_runs(saved, run_dir, states[0]) if mode == "resume" else []
-    if loaded and loaded[0][2]["step"] >= args.total_timesteps:
-        print(f"{run_dir} is complete at step {loaded[0][2]['step']}")
+    steps = [meta["step"] for _, arrays, meta in loaded if meta["step"] in arrays["evals"][:, 0]]
+    if len(steps) == args.num_seeds and steps[0] >= args.total_timesteps:
+        print(f"{run_dir} is complete at step {steps[0]}")
         return 0
     if mode == "train":
         run_dir = create_run_dir(args, replay_shape(args, o, d))

@@ -49,7 +49,7 @@ def test_shared_pieces_are_identical(one, other):
 
 def test_the_two_trainers_share_everything_but_the_environment():
     ours, theirs = (pieces(ROOT / f"simpo_{name}.py") for name in ("mujoco", "dmc"))
-    assert ours.keys() - theirs.keys() == {"open_gym"}
+    assert ours.keys() - theirs.keys() == {"CutOff", "open_gym"}
     assert theirs.keys() - ours.keys() == {"TOP_SPEED", "landscape", "DMControl"}
     flags, flags_dmc = (fields(ROOT / f"simpo_{name}.py") for name in ("mujoco", "dmc"))
     assert flags.keys() - flags_dmc.keys() == {"env_id"}

@@ -240,6 +240,22 @@ def test_restore_brings_an_episode_back_bit_for_bit(env_id):
     env.close(), twin.close()
 
 
+def test_a_simulation_that_blows_up_truncates(tmp_path, monkeypatch, capsys):
+    """MuJoCo goes back to its initial state in mid-episode, with finite numbers and no end."""
+    monkeypatch.chdir(tmp_path)  # it writes a log
+    env = make_env(with_env("HalfCheetah-v4"), 0, 0, None)
+    env.reset()
+    for _ in range(50):
+        obs, *_ = env.step(np.zeros(6, np.float32))
+    env.unwrapped.data.qvel[:] = 1e12
+    last, reward, terminated, truncated, info = env.step(np.zeros(6, np.float32))
+    np.testing.assert_array_equal(last, obs)
+    assert (reward, terminated, truncated, info["episode"]["l"]) == (0, False, True, 51)
+    assert capsys.readouterr().err.count("cut off") == 1
+    env.reset()
+    assert not any(env.step(np.zeros(6, np.float32))[3] for _ in range(50))
+
+
 def test_scale_action_reaches_the_environments_range():
     for env_id, low, high, d in (("Humanoid-v4", -0.4, 0.4, 17), ("tiny_envs:Point-v0", -1, 3, 1)):
         envs = make_envs(with_env(env_id), 1, 0)

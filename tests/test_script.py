@@ -116,6 +116,29 @@ def seeds(script, root):
     )
 
 
+LATE = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import simpo_mujoco
+
+def evaluate(args, state, key, step, *rest, evaluate=simpo_mujoco.evaluate):
+    if step >= args.total_timesteps:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return evaluate(args, state, key, step, *rest)
+
+simpo_mujoco.evaluate = evaluate
+sys.exit(simpo_mujoco.main())
+"""
+
+
+def late(script, root):
+    """SIGTERM during the last evaluation, then a resume."""
+    path = root / "late.py"
+    path.write_text(LATE)
+    first = script.run(*HOPPER, "--run-dir", "late", cwd=root, script=path)
+    return first, script.run("--resume", "late", cwd=root)
+
+
 def pendulum(script, root):
     return script.run(*TINY, "--env-id", "Pendulum-v1", "--run-dir", "pendulum", cwd=root)
 
@@ -149,7 +172,7 @@ def outcome(script, root):
     with ThreadPoolExecutor(2) as pool:
         futures = {f: pool.submit(f, script, root) for f in (undisturbed, pendulum, refused)}
         futures[undisturbed].result()
-        for f in (killed, signalled, seeds, alone, other_seed, evaluated, nan_env, own_env):
+        for f in (killed, signalled, seeds, late, alone, other_seed, evaluated, nan_env, own_env):
             futures[f] = pool.submit(f, script, root)
         yield lambda scenario: futures[scenario].result()
 
@@ -348,6 +371,16 @@ def test_seeds_side_by_side(outcome, root):
         assert_same_end(root / "seeds-stopped" / f"seed-{seed}", folder)
     ours, theirs = read_evals(root / "alone-2"), read_evals(root / "seeds" / "seed-2")
     np.testing.assert_array_equal(ours[:, :2], theirs[:, :2])
+
+
+def test_a_run_stopped_in_its_last_evaluation_makes_it_when_resumed(outcome, root):
+    (code, out, err), (code_2, out_2, err_2) = outcome(late)
+    assert (code, err_2) == (128 + signal.SIGTERM, ""), (err, err_2)
+    assert "step 3000: " in out and "step 4000: " not in out
+    assert code_2 == 0 and "step 4000: " in out_2
+    assert outcome(undisturbed)[0] == 0
+    assert_same_end(root / "late", root / "whole")
+    assert not (root / "late" / "replay.dat").exists()
 
 
 def test_nan_reward_stops_the_run(outcome, root):

@@ -57,6 +57,10 @@ def attempt(root, run, cores, gpus, commit, cwd):
     what = os.getpid(), cores, root / run.name, logs / f"{run.name}.lock", ROOT / run.script
     command = [sys.executable, ROOT / "benchmark" / "guard.py", *what, *run.flags]
 
+    def together(name, value):
+        """The value of all attempts, where they differ."""
+        return "; ".join(dict.fromkeys([*filter(None, old.get(name, "").split("; ")), value]))
+
     def note(status):
         """Writes the record; -> what the script has printed."""
         log.seek(begin)
@@ -65,8 +69,8 @@ def attempt(root, run, cores, gpus, commit, cwd):
             "status": status,
             "attempts": old.get("attempts", 0) + 1,
             "seconds": old.get("seconds", 0) + time.monotonic() - start,
-            "device": device(output, cores),
-            "commit": commit,
+            "device": together("device", device(output, cores)),
+            "commit": together("commit", commit),
         }
         write_atomically(record, json.dumps(content, indent=2))
         return output

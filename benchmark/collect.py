@@ -30,6 +30,8 @@ def read_scalars(run_dir, tag):
         data, start = path.read_bytes(), 0
         while start + 12 <= len(data):  # a record: length u64, its crc u32, payload, crc u32
             (length,) = struct.unpack_from("<Q", data, start)
+            if start + 16 + length > len(data):  # killed while it wrote
+                break
             event = Event.FromString(data[start + 12 : start + 12 + length])
             for value in event.summary.value:
                 if value.tag == tag:

@@ -9,9 +9,10 @@ MUJOCO, DMC = "simpo_mujoco.py", "simpo_dmc.py"
 BANDIT, DNA = "simpo_bandit.py", "simpo_dna.py"
 
 # The documented fast setting: flags by script.
+CALLS = "--sampler dpm2 --sampling-steps 6 --num-samples 6 --eps-kl 0.8"
 FAST = {
-    MUJOCO: "--sampler dpm2 --sampling-steps 6 --num-samples 6 --eps-kl 0.8",
-    DMC: "--sampler dpm2 --sampling-steps 6 --num-samples 6 --eps-kl 0.8",
+    MUJOCO: CALLS,
+    DMC: CALLS,
     BANDIT: "",  # takes a minute as it is
     DNA: "--sampling-steps 32",
 }
@@ -97,6 +98,7 @@ EXPERIMENTS = {
 # Flags of simpo_dna.py for its pretraining; the last three are for that alone.
 PRETRAINING = """--seed --data --drop-bad-rows --score-column --hidden-dim --num-layers
     --num-devices --checkpoint-every --pretrain-steps --pretrain-lr --batch-size""".split()
+OWN = "--seed --num-seeds --run-dir --resume --evaluate --num-devices".split()  # set by run.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +164,8 @@ def plan(args, extra=()):
     """The runs of an experiment, seed by seed; `extra` are flags for the scripts."""
     script, _, tasks, methods = EXPERIMENTS[args.experiment]
     base, extra, runs = base_flags(args), merge(shlex.join(extra)), []
+    for name in extra.keys() & OWN:
+        raise UsageError(f"{name} cannot follow --, run.py sets it")
     for seed, seeding in seed_flags(args).items():
         for task in args.tasks or tasks:
             for method in args.methods or methods:
@@ -177,11 +181,9 @@ def plan(args, extra=()):
 def plan_pretraining(args, runs, extra):
     """Runs of Table 3, preceded by the pretraining of a model for each seed, from which all of that
     seed start, unless --pretrained names one."""
-    if "--data" in extra:
+    if extra.get("--data"):
         name = Path(extra["--data"][0]).name.split(".")[0]
         runs = [dataclasses.replace(run, task=name) for run in runs]
-    if "--pretrained" in extra:
-        return runs
     first, then = {}, []
     for run in runs:
         flags = merge(shlex.join(run.flags))
@@ -189,6 +191,9 @@ def plan_pretraining(args, runs, extra):
         model = {"--pretrain-only": [], **model}
         model = dataclasses.replace(run, method="pretraining", flags=as_list(model))
         flags = {x: values for x, values in flags.items() if x not in PRETRAINING[-3:]}
+        if "--pretrained" in extra:
+            then.append(dataclasses.replace(run, flags=as_list(flags)))
+            continue
         flags["--pretrained"] = [str(args.folder / model.name / "pretrained.npz")]
         first[model.name] = model
         then.append(dataclasses.replace(run, flags=as_list(flags), needs=model.name))

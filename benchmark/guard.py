@@ -91,7 +91,8 @@ def place_flags(run_dir, script):
     except (OSError, ValueError):
         begun = False
         if any(run_dir.glob("*.npz")):
-            sys.exit(f"error: {run_dir} has checkpoints but no readable args.json")
+            print(f"error: {run_dir} has checkpoints but no readable args.json", flush=True)
+            sys.exit(2)  # 1 is for a script that diverged
     if begun:
         return ["--resume", str(run_dir)]
     if run_dir.exists():

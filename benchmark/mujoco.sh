@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
 # The runs behind returns.csv and entropy.csv, one seed each: 15 minutes for 100,000 environment
 # steps on one core. N and T are cut to 8 and 5 to get there, eps_kl shrinks with log N (0.9 of
-# log 8 is as 1.5 of log 32); everything else is the default. Pin a run to a core with taskset: on
-# several cores a batch is split over devices, which changes the last digits.
+# log 8 is as 1.5 of log 32); everything else is the default. A complete run is skipped and a
+# started one goes on. Pin a run to a core with taskset: on several cores a batch is split over
+# devices, which changes the last digits.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 train() { # train NAME ENV STEPS FLAGS...
-  python simpo_mujoco.py --run-dir "runs/mujoco/$2__$1__1" --env-id "$2" --total-timesteps "$3" \
-    --num-samples 8 --diffusion-steps 5 --sampling-steps 5 --eps-kl 0.9 --eval-every 10000 "${@:4}"
+  local run_dir="runs/mujoco/$2__$1__1"
+  if [ -e "$run_dir/args.json" ]; then
+    python simpo_mujoco.py --resume "$run_dir"
+  else
+    python simpo_mujoco.py --run-dir "$run_dir" --env-id "$2" --total-timesteps "$3" \
+      --num-samples 8 --diffusion-steps 5 --sampling-steps 5 --eps-kl 0.9 --eval-every 10000 "${@:4}"
+  fi
 }
 
 # three weightings

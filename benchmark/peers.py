@@ -46,6 +46,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import tyro
+from experiments import FAST, MUJOCO, UsageError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -60,7 +61,7 @@ OURS = (
 )
 PROGRAMS = {
     "ours": OURS,
-    "ours-fast": f"{OURS} --sampler dpm2 --sampling-steps 6 --num-samples 6 --eps-kl 0.8",
+    "ours-fast": f"{OURS} {FAST[MUJOCO]}",
     "dpmd": "env WANDB_MODE=disabled {peers}/dpmd/bin/python "
     "{peers}/dpmd-src/scripts/train_mujoco.py --alg dpmd --env {env} --seed {seed} "
     "--start_step {starts} --total_step {train}",
@@ -69,10 +70,6 @@ PROGRAMS = {
     "--total-timesteps {steps} --learning-starts {starts}",
     "sbx-sac": "{peers}/sbx/bin/python {root}/benchmark/peers_sbx.py {env} {seed} {steps} {starts}",
 }
-
-
-class UsageError(Exception):
-    """Bad input or a program that died. `main` prints it as one line and exits with code 2."""
 
 
 # ---- Args -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ task; only tasks and seeds that every method has count.
 
 import csv
 import dataclasses
+import re
 import sys
 import warnings
 from collections import Counter, defaultdict
@@ -146,6 +147,16 @@ def markdown(header, rows):
     return [f"| {' | '.join(map(str, line))} |" for line in lines] + [""]
 
 
+def comparable(values, methods):
+    """-> the last step of any run; the tasks and seeds with results of every method there."""
+    lasts = {(t, m): last(values[t, m]) for t, m in values if t in TASKS and m in methods}
+    step = max((step for step, _ in lasts.values()), default=0)
+    there = {key: set(seeds) for key, (at, seeds) in lasts.items() if at == step}
+    tasks = [t for t in TASKS if all((t, m) in there for m in methods)]
+    seeds = [there[t, m] for t in tasks for m in methods]
+    return step, tasks, sorted(set.intersection(*seeds)) if seeds else []
+
+
 def iqm_table(values, methods):
     """Lines: interquartile mean and interval of each method, over what all methods have."""
     try:
@@ -153,14 +164,11 @@ def iqm_table(values, methods):
     except ImportError as error:
         raise UsageError(f"{error}: pip install -r benchmark/requirements.txt") from None
     methods = [m for m in methods if any(method == m for _, method in values)]
-    tasks = [t for t in TASKS if methods and all((t, m) in values for m in methods)]
-    lasts = {(t, m): last(values[t, m]) for t in tasks for m in methods}
-    steps = {step for step, _ in lasts.values()}
-    seeds = sorted(set.intersection(*(set(x) for _, x in lasts.values()))) if tasks else []
-    if not seeds or len(steps) > 1:
+    step, tasks, seeds = comparable(values, methods)
+    if not seeds:
         return ["No interquartile mean: no task that all methods have, at equal steps.", ""]
     scores = {
-        m: np.array([[lasts[t, m][1][seed] / BEST[t] for t in tasks] for seed in seeds])
+        m: np.array([[values[t, m][seed][step] / BEST[t] for t in tasks] for seed in seeds])
         for m in methods
     }
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # random_state's name
@@ -182,7 +190,7 @@ def iqm_table(values, methods):
             paper = np.mean([TABLE2[m][TASKS.index(t), 0] / BEST[t] for t in tasks])
             paper = f"{paper:.3f}"
         rows.append([LABELS.get(m, m), *texts, paper])
-    what = f"Normalised returns: {', '.join(tasks)}; {steps.pop():,} steps, seeds: {len(seeds)}."
+    what = f"Normalised returns: {', '.join(tasks)}; {step:,} steps, seeds: {len(seeds)}."
     header = ["method", "interquartile mean (95 %)", "mean (95 %)", "mean, paper"]
     return [what, "", *markdown(header, rows)]
 
@@ -254,7 +262,7 @@ def table3(rows):
             here = ["not run"] + [""] * 4
             if ours in values:
                 x, rate = values[ours], ""
-                if base and base > 0 and ours in LABELS | {"wd1": ""} and ours != "exp":
+                if base and base > 0 and gain:
                     rate = f"{np.mean(x['eval']) / base - 1:+.1%}"
                 here = [mean_std(x["eval"], 2), rate, mean_std(x["ft"], 2)]
                 here += [mean_std(x["log_lik"], 1), len(x["eval"])]
@@ -276,7 +284,7 @@ def hardware(runs):
             lines.append(f"* diverged, and left out of means at later steps: {name}")
     for name in ("device", "python", "jax", "commit"):
         lines.append(f"* {name}: {', '.join(sorted({run[name] for run in runs}))}")
-    flags = [merge(run["flags"]) for run in runs if run["method"] != "pretraining"]
+    flags = [merge(run["flags"]) for run in runs if run["method"] != "pretraining"] or [{}]
     common = [x for x in flags[0] if all(y.get(x) == flags[0][x] for y in flags) and x != "--seed"]
     common = " ".join(" ".join((name, *flags[0][name])) for name in common)
     lines.append(f"* flags of all runs: {common or 'none'}")
@@ -303,7 +311,9 @@ def draw(rows, experiment, column, at, path):
     for axis, task in zip(axes.flat, tasks, strict=False):
         for i, method in enumerate(methods):
             if (task, method) in values:
-                steps, mean, error, n = average(values[task, method])
+                seeds = values[task, method]
+                _, whole = last(seeds)  # those that the table has
+                steps, mean, error, n = average({seed: seeds[seed] for seed in whole})
                 axis.plot(steps, mean, color=f"C{i}", label=f"{LABELS.get(method, method)} ({n})")
                 band = mean - error, mean + error
                 axis.fill_between(steps, *band, color=f"C{i}", alpha=0.2, lw=0)
@@ -317,11 +327,15 @@ def draw(rows, experiment, column, at, path):
 # ---- main -------------------------------------------------------------------------------------
 
 
+def title(experiment):
+    """As the paper has it: "Table 2" for table2."""
+    return re.sub(r"(\d)", r" \1", experiment).capitalize()
+
+
 def section(experiment, setting, rows, runs, out_dir):
     """Lines of one experiment in one setting, and its picture."""
     name = experiment if setting == "default" else f"{experiment}-{setting}"
-    title = experiment.replace("table", "Table ").replace("figure", "Figure ")
-    lines = [f"## {title}, {setting} setting", ""]
+    lines = [f"## {title(experiment)}, {setting} setting", ""]
     if not rows:
         return [*lines, "No evaluation yet.", "", *hardware(runs)]
     bandit = "regret" in rows[0]
@@ -334,7 +348,7 @@ def section(experiment, setting, rows, runs, out_dir):
     if experiment != "table3":
         columns = ("regret", "epoch") if bandit else ("return", "step")
         draw(rows, experiment, *columns, out_dir / f"{name}.png")
-        lines += [f"![{title}]({name}.png)", ""]
+        lines += [f"![{title(experiment)}]({name}.png)", ""]
     return lines + hardware(runs)
 
 
@@ -349,9 +363,8 @@ def main(args):
     lines = ["# The paper's tables and figures", "", "Made by `python benchmark/report.py`.", ""]
     for experiment in EXPERIMENTS:
         settings = [s for e, s in found if e == experiment]
-        title = experiment.replace("table", "Table ").replace("figure", "Figure ")
         if not settings:
-            lines += [f"## {title}", "", "Not run.", ""]
+            lines += [f"## {title(experiment)}", "", "Not run.", ""]
         for setting in settings:
             lines += section(experiment, setting, *found[experiment, setting], args.out_dir)
     (args.out_dir / "report.md").write_text("\n".join(lines).rstrip() + "\n")

@@ -49,8 +49,8 @@ def share_done(folder, script):
 
 
 def status(root, run):
-    """ "done" or "diverged"; else "unfinished", also where the record has other flags: the script
-    then sees these beside --resume and refuses them."""
+    """ "done" or "diverged"; else "unfinished", also where the record of a run that was not
+    complete has other flags: the script then sees these beside --resume and refuses them."""
     record = read_json(root / "logs" / f"{run.name}.json")
     if record.get("flags") != list(run.flags):
         return "unfinished"

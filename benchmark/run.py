@@ -9,7 +9,8 @@
 Each run is one of the public scripts, as --dry-run prints it, in {root}/{task}__{method}__{seed};
 what follows -- goes to all of them. The same command again goes on: complete runs are skipped,
 begun ones resumed. A run whose worker or machine is lost is resumed on another; Ctrl-C saves
-checkpoints first. Exit code: 0 all complete, 1 not all, 2 wrong flags, 128 + signal when stopped.
+checkpoints first. A run that diverged is not repeated until its logs/NAME.json and its folder are
+removed. Exit code: 0 all complete, 1 not all, 2 wrong flags, 128 + signal when stopped.
 
 Writes results.csv, a row for each run and evaluation episode (for the bandit epoch, for DNA row of
 metrics.csv), and results.runs.csv, a row for each run: status, attempts, seconds, device. In
@@ -39,7 +40,7 @@ import tyro
 from attempt import ROOT, attempt
 from experiments import BANDIT, DMC, EXPERIMENTS, MUJOCO, UsageError, plan
 from guard import is_free
-from results import share_done, status, write_results
+from results import read_json, share_done, status, write_results
 from tqdm import tqdm
 
 STOP_WITHIN = 120  # seconds for the scripts to save and end on Ctrl-C
@@ -193,6 +194,15 @@ def watch_signals():
     return received
 
 
+def refuse_overwriting(root, runs):
+    """UsageError if a folder holds a finished run that had other flags."""
+    for run in runs:
+        record = read_json(root / "logs" / f"{run.name}.json")
+        if record.get("status") == "done" and record["flags"] != list(run.flags):
+            was = shlex.join(record["flags"])
+            raise UsageError(f"--root {root} has a finished {run.name} with other flags: {was}")
+
+
 def outcome(ray, ref):
     """Exit code of an attempt, or None if it was lost; why it did not end well."""
     try:
@@ -206,13 +216,19 @@ def sweep(args, runs, ray, stop):
     """Works off the runs, at once those that the cluster has room for; -> names of the complete
     ones. UsageError as soon as a script refuses its flags."""
     root, out = args.folder, args.out or args.folder / "results.csv"
+    refuse_overwriting(root, runs)
+    try:  # not only when the first run has ended
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_results(root, args.experiment, out)
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror}") from None
     complete = {run.name for run in runs if status(root, run) == "done"}
     diverged = {run.name for run in runs if status(root, run) == "diverged"}
     waiting = [run for run in runs if run.name not in complete | diverged]
     print(f"{len(runs)} runs, {len(complete)} complete; folder {root}", flush=True)
     resources = {"num_cpus": args.cpus_per_run, "num_gpus": args.gpus_per_run, "max_retries": 0}
     remote = ray.remote(**resources)(attempt)
-    rest = args.num_devices, args.gpus_per_run, commit(), os.getcwd()
+    rest = args.cpus_per_run, args.gpus_per_run, commit(), os.getcwd()
     active, retries = {}, Counter()
     bar = tqdm(total=len(runs), unit="run", disable=None)
     while not stop:

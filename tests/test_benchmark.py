@@ -86,6 +86,23 @@ def test_dna_starts_from_one_pretrained_model_a_seed(tmp_path):
     assert model.task == tuned.task == "sites" and set(data) < set(model.flags) & set(tuned.flags)
     given = plan("table3", extra=[*data, "--pretrained", "drakes.ckpt"])
     assert len(given) == 18 and not any(run.needs for run in given)
+    smoke = plan("table3", "--smoke", extra=["--pretrained", "drakes.ckpt"])
+    assert not any("--pretrain-steps" in run.flags for run in smoke)
+
+
+@pytest.mark.parametrize("flag", ["--seed 9", "--num-seeds=2", "--run-dir x", "--resume x"])
+def test_flags_that_are_the_drivers_own_are_refused(flag):
+    with pytest.raises(experiments.UsageError, match=flag[:6]):
+        plan("table2", extra=["--gamma", "0.9", *flag.split()])
+
+
+def test_a_finished_run_is_not_overwritten_by_one_with_other_flags(tmp_path):
+    runs = plan("figure2", "--methods", "linear")
+    driver.refuse_overwriting(tmp_path, runs)
+    leave(tmp_path, runs[0], "")
+    driver.refuse_overwriting(tmp_path, runs)
+    with pytest.raises(experiments.UsageError, match="escape__linear__1-20 with other flags"):
+        driver.refuse_overwriting(tmp_path, plan("figure2", extra=["--noise", "0.2"]))
 
 
 @pytest.mark.parametrize(
@@ -276,7 +293,7 @@ def test_script_ends_with_its_worker_and_before_the_next_one_begins(tmp_path):
         assert second.wait(60) == 0
 
 
-def test_what_was_killed_early_is_begun_anew(tmp_path):
+def test_what_was_killed_early_is_begun_anew(tmp_path, capsys):
     folder, name = tmp_path / "run", "simpo_mujoco.py"
     assert guard.place_flags(folder, name) == ["--run-dir", str(folder)]
     folder.mkdir()
@@ -287,8 +304,9 @@ def test_what_was_killed_early_is_begun_anew(tmp_path):
     assert guard.place_flags(folder, name) == ["--resume", str(folder)]
     (folder / "args.json").write_text("")
     (folder / "checkpoint.npz").touch()  # not ours to remove
-    with pytest.raises(SystemExit, match="checkpoints"):
+    with pytest.raises(SystemExit) as end:
         guard.place_flags(folder, name)
+    assert end.value.code == 2 and capsys.readouterr().out.startswith("error: ")
     (folder / "checkpoint.npz").unlink()
     (folder / "args.json").write_text("{}")
     assert guard.place_flags(folder, "simpo_bandit.py")[0] == "--run-dir" and not folder.exists()
@@ -339,6 +357,26 @@ def test_table2_stands_beside_the_papers(tmp_path):
     assert "## Figure 5\n\nNot run." in text and "* runs: 30 done" in lines
     for name in ("table2.png", "table2-fast.png"):
         assert 1000 < (tmp_path / "report" / name).stat().st_size < 300_000
+
+
+def test_methods_are_compared_where_all_have_the_last_step():
+    seeds = {1: {5: 0.0, 10: 1.0}, 2: {5: 0.0, 10: 2.0}}
+    behind = {1: {5: 0.0}, 2: {5: 0.0}}
+    values = {("Ant-v4", m): seeds for m in ("exp", "linear")}
+    values |= {("Hopper-v4", "exp"): seeds, ("Hopper-v4", "linear"): behind}
+    assert report.comparable(values, ["exp", "linear"]) == (10, ["Ant-v4"], [1, 2])
+    values["Ant-v4", "linear"] = {2: seeds[2], 3: seeds[1]}
+    assert report.comparable(values, ["exp", "linear"]) == (10, ["Ant-v4"], [2])
+    assert report.comparable(values, ["exp", "square"])[1:] == ([], [])
+
+
+def test_report_of_a_sweep_that_has_just_begun(tmp_path):
+    model, *_ = plan("table3", "--seeds", "1")
+    leave(tmp_path, model, "", status="unfinished")
+    results.write_results(tmp_path, "table3", tmp_path / "results.csv")
+    report.main(report.Args((tmp_path / "results.csv",), tmp_path / "report"))
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "No evaluation yet." in text and "* runs: 1 unfinished" in text
 
 
 def test_report_of_dna_bandit_and_rewards(tmp_path):
@@ -431,22 +469,27 @@ def modified(path):
         return 0
 
 
+def attempts(root):
+    """{(name, pid)} of the last attempt at each run."""
+    locks = sorted((root / "logs").glob("*__*.lock"))
+    return {(lock.stem, lock.read_text().partition(" ")[2]) for lock in locks}
+
+
 def await_training(root, process, known):
     """Name and pid of a run in the middle of an attempt that is not in `known`, and adds it there:
     it has trained, saved a checkpoint since its start, and is not near its end."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
-        for lock in sorted((root / "logs").glob("*__*.lock")):
-            _, _, pid = lock.read_text().partition(" ")
-            log, saved = lock.with_suffix(".log"), root / lock.stem / "checkpoint.npz"
-            if not pid or (lock.stem, pid) in known:
+        for name, pid in sorted(attempts(root) - known):
+            if not pid:
                 continue
+            log, saved = root / "logs" / f"{name}.log", root / name / "checkpoint.npz"
             began = "compiled in" in log.read_text().rpartition("=== ")[2]
-            share = results.share_done(root / lock.stem, experiments.MUJOCO)
+            share = results.share_done(root / name, experiments.MUJOCO)
             fresh = modified(saved) > modified(log)
             if began and fresh and 0.1 < share < 0.9 and is_alive(int(pid)):
-                known.add((lock.stem, pid))
-                return lock.stem, int(pid)
+                known.add((name, pid))
+                return name, int(pid)
         time.sleep(0.01)
     raise AssertionError(f"no run trains; driver: {process.communicate(timeout=60)}")
 
@@ -474,6 +517,7 @@ def test_killed_workers_nodes_and_drivers_leave_no_trace_in_the_results(script, 
     three, pid = await_training(root, process, known)
     process.kill()  # the driver
     process.communicate()
+    known |= attempts(root)  # the other run dies with it, and may still be saving
 
     process = start(script, root, *here)
     four, pid = await_training(root, process, known)

@@ -3,7 +3,6 @@
 import importlib
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import tyro
@@ -38,10 +37,18 @@ def test_command_parses(file, script, line):
     tyro.cli(module.Args, args=tokens)
 
 
-def test_readme_names_only_files_that_exist():
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("no README yet")
-    for target in re.findall(r"\]\(([^)#]+)\)", readme.read_text()):
+def anchors(path):
+    """Of the headings of a Markdown file, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmark/README.md", "data/README.md"])
+def test_links_lead_to_files_and_headings_that_exist(name):
+    page = ROOT / name
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if "://" not in target:
-            assert (ROOT / Path(target)).exists(), target
+            file, _, anchor = target.partition("#")
+            path = page.parent / file if file else page
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path), target

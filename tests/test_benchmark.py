@@ -345,11 +345,11 @@ def test_table2_stands_beside_the_papers(tmp_path):
     text = (tmp_path / "report" / "report.md").read_text()
     lines = text.splitlines()
     # seeds 0.8, 0.9, 1, 1.1, 1.2 of the best: standard deviation sqrt(0.1 / 4)
-    cells = "not run | not run | 5984 +- 946 | not run | 3387 +- 536 | not run"
-    assert f"| SiMPO-Linear | here | {cells} |" in lines
+    texts = "not run | not run | 5984 +- 946 | not run | 3387 +- 536 | not run"
+    assert f"| SiMPO-Linear | here | {texts} |" in lines
     assert "| SiMPO-Exp | here | not run | not run | 11968 +- 1892 |" in text
     assert "| TD3 | paper | 9820 +- 1543 | 5263 +- 47 | 4400 +- 1196 |" in text
-    assert "| 300 +- 0 (50,000 x 2) |" in text
+    assert "| 300 +- 0 |" in text and "Here 50,000 x 2 environment steps x seeds" in text
     assert "Normalised returns: Ant-v4, Hopper-v4; 1,000,000 steps, seeds: 5." in lines
     (line,) = (line for line in lines if line.startswith("| Exp | 2.000 ("))
     low, high = line.split("(")[1].split(")")[0].split(" to ")
@@ -357,6 +357,17 @@ def test_table2_stands_beside_the_papers(tmp_path):
     assert "## Figure 5\n\nNot run." in text and "* runs: 30 done" in lines
     for name in ("table2.png", "table2-fast.png"):
         assert 1000 < (tmp_path / "report" / name).stat().st_size < 300_000
+
+
+def test_a_cell_of_another_budget_says_so():
+    values = {
+        ("Ant-v4", "exp"): {1: {5: 100.0}, 2: {5: 200.0}},
+        ("Ant-v4", "linear"): {1: {5: 3.0}},
+    }
+    values["Ant-v4", "square"] = {1: {5: 30.0}, 2: {5: 30.0}}
+    texts, budget = report.cells(values, [*values, ("Ant-v4", "wd1")])
+    assert list(texts.values()) == ["150 +- 71", "3.000 (5 x 1)", "30 +- 0", "not run"]
+    assert budget.startswith("Here 5 x 2 environment steps x seeds;")
 
 
 def test_methods_are_compared_where_all_have_the_last_step():
@@ -404,7 +415,7 @@ def test_report_of_dna_bandit_and_rewards(tmp_path):
     assert f"| SiMPO-Lin. Neg. | 7.51 +- 0.08 | +15.2% | {gain}" in text
     assert "| WD1 | 3.78 +- 0.12 | -42.0% | not run |" in text
     assert "| escape | Linear | 2 | 1 | 0.1000 +- 0.1000 | 0.2500 +- 0.0500 | 50% |" in text
-    assert "| Exp | not run | not run | not run | 20 (2,000 x 1) |" in text
+    assert "| Exp | not run | not run | not run | 20 |" in text
     assert "| CG | 3.30 +- 0.01 |  | not run |" in text
     with pytest.raises(experiments.UsageError, match="repeats a run"):
         copy = tmp_path / "copy.csv"

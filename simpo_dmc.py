@@ -181,6 +181,7 @@ class Args:
             ("seed", lambda x: 0 <= x < 2**32, "in [0, 2^32)"),
             (f"{counts} policy_delay hidden_dim diffusion_steps", lambda x: x >= 1, "at least 1"),
             ("num_seeds", lambda x: 1 <= x <= 2**32 - self.seed, "at least 1"),
+            ("num_seeds", lambda x: x == 1 or not self.track, "1 with --track"),
             (
                 "sampling_steps",
                 lambda x: 1 <= x <= self.diffusion_steps,
@@ -203,7 +204,6 @@ class Args:
             ("learning_starts", lambda x: x < self.total_timesteps, "below --total-timesteps"),
             ("reward", lambda x: x == "stock" or self.env_id in TOP_SPEED, "stock for this task"),
             ("resume", lambda x: not (x and self.evaluate), "left out with --evaluate"),
-            ("track", lambda x: not (x and self.num_seeds > 1), "left out with --num-seeds"),
         ):
             for name in names.split():
                 value = getattr(self, name)

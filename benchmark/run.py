@@ -112,6 +112,11 @@ class Args:
         return (self.root or Path("runs") / name).absolute()
 
     @property
+    def cores_and_gpus(self):
+        """What Ray reserves for a run and what the run takes; XLA's devices are another number."""
+        return self.cpus_per_run, self.gpus_per_run
+
+    @property
     def num_devices(self):
         """XLA devices of a run."""
         return max(int(self.gpus_per_run), 1) if self.gpus_per_run else self.cpus_per_run
@@ -226,9 +231,9 @@ def sweep(args, runs, ray, stop):
     diverged = {run.name for run in runs if status(root, run) == "diverged"}
     waiting = [run for run in runs if run.name not in complete | diverged]
     print(f"{len(runs)} runs, {len(complete)} complete; folder {root}", flush=True)
-    resources = {"num_cpus": args.cpus_per_run, "num_gpus": args.gpus_per_run, "max_retries": 0}
-    remote = ray.remote(**resources)(attempt)
-    rest = args.cpus_per_run, args.gpus_per_run, commit(), os.getcwd()
+    cores, gpus = args.cores_and_gpus
+    remote = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=0)(attempt)
+    rest = cores, gpus, commit(), os.getcwd()
     active, retries = {}, Counter()
     bar = tqdm(total=len(runs), unit="run", disable=None)
     while not stop:

@@ -156,6 +156,13 @@ def test_an_address_without_ray_is_refused():
         driver.start_ray(args)
 
 
+def test_a_run_beside_a_gpu_has_all_its_cores():
+    flags = ["table2", "--gpus-per-run", "0.25", "--cpus-per-run", "4"]
+    args = driver.parse_flags(driver.Args, flags)
+    assert (args.cores_and_gpus, args.num_devices) == ((4, 0.25), 1)
+    assert driver.parse_flags(driver.Args, ["table2", "--cpus-per-run", "2"]).num_devices == 2
+
+
 def test_dry_run_prints_the_commands(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", "figure2", "--dry-run"])
     assert driver.main() == 0

@@ -1,12 +1,14 @@
 """Replay, episodes and environments: nothing is lost, moved or mixed up at an episode's end."""
 
 import dataclasses
+import itertools
 
 import mujoco
 import numpy as np
 import pytest
 
 from simpo_mujoco import (
+    EVAL_SEED,
     Args,
     Diverged,
     Replay,
@@ -189,6 +191,15 @@ def test_episodes_and_seeds_differ(tmp_path):
                 np.testing.assert_array_equal(first, second)
                 starts.add(first.tobytes())
     assert len(starts) == 12
+
+
+def test_evaluation_starts_are_none_of_training():
+    """SeedSequence pads its words, so that a large seed can equal a small one of another index."""
+    grid = itertools.product((0, 1, 2**32 - 1), range(4), range(4))
+    training = {tuple(np.random.SeedSequence(x).generate_state(2)) for x in grid}
+    ours = [[EVAL_SEED, i, 0] for i in range(4)]
+    assert len(training) == 48
+    assert not training & {tuple(np.random.SeedSequence(x).generate_state(2)) for x in ours}
 
 
 def integration_state(env):

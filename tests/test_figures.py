@@ -8,6 +8,7 @@ import runpy
 import numpy as np
 import pytest
 from conftest import ROOT
+from tensorboardX import SummaryWriter
 
 from simpo_dmc import Args
 
@@ -30,6 +31,18 @@ def write_run(root, reward, weighting, seed, returns, **changes):
             lines.append(f"{100 * (i + 1)},{episode},{value},1000,{2 * value},{value / 10}")
     (run_dir / "eval.csv").write_text("\n".join(lines) + "\n")
     return run_dir
+
+
+def test_scalars_of_a_run_that_was_killed_while_it_wrote(tmp_path):
+    collect = runpy.run_path(str(ROOT / "benchmark" / "collect.py"))
+    with SummaryWriter(str(tmp_path)) as log:
+        for step in (1, 2):
+            log.add_scalar("losses/spread", step / 10, step)
+    [path] = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for cut, steps in ((0, {1, 2}), (3, {1}), (20, {1})):
+        path.write_bytes(whole[: len(whole) - cut])
+        assert set(collect["read_scalars"](tmp_path, "losses/spread")) == steps
 
 
 def draw(figure5, runs, out, column="return"):

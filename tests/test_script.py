@@ -453,6 +453,7 @@ def call(monkeypatch, capsys, tmp_path):
         "--reward-scale inf",
         "--seed -1",
         "--num-seeds 0",
+        "--num-seeds 2 --track",
         "--sampling-steps 21",
         "--sampling-steps 0",
         "--diffusion-steps 5",

@@ -23,6 +23,7 @@ from simpo_mujoco import (
     stack_seeds,
     take_seed,
     update,
+    update_policy,
     update_seeds,
 )
 
@@ -113,6 +114,18 @@ def test_metrics_are_finite_and_the_state_keeps_its_form():
     first = metrics[0]
     assert first["lam"] == pytest.approx(float(np.exp(states[1].log_lam)))
     assert 0 < first["w_negative"] < 1 and first["w_max"] > 1 and 1 < first["ess"] < 4
+
+
+@pytest.mark.parametrize("weighting", ["qvpo", "wd1"])
+def test_samples_of_equal_value_are_no_divergence(weighting):
+    """All weights of a state are then 0 where their mean is not 1; the metrics stay finite."""
+    args = dataclasses.replace(TINY, weighting=weighting, neg_clip=0.0)
+    state, key, _ = fresh(args)
+    flat = [[*net[:-1], jax.tree.map(jnp.zeros_like, net[-1])] for net in state.critics]
+    a0 = jnp.full((8, 4, ACT), 0.5)
+    _, metrics = update_policy(args, state._replace(critics=flat), jnp.zeros((8, OBS)), a0, key)
+    assert all(np.isfinite(value) for value in metrics.values()), metrics
+    assert metrics["w_max"] == metrics["ess"] == 0
 
 
 def test_policy_and_lam_move_on_every_policy_delay():

@@ -5,11 +5,11 @@
     python simpo_mujoco.py --evaluate runs/NAME --capture-video
 
 Paper: arXiv 2603.10250, Algorithm 1, section 5.2, Table 4. Copy this file and common.py to use it.
-One iteration steps the environments once, fits the critics to one batch and, every second time,
-draws N actions at the batch's states from an older copy of the policy, weights them by their
-values and refits the policy to them, eq. (7). Diffusion time t counts T noise levels upwards:
-    a_t = alpha_t a0 + sigma_t noise,    velocity = alpha_t noise - sigma_t a0
-Shapes: B states of a batch, N samples a state, o observation, d action, E environments, H units.
+One iteration steps the environments, fits the critics to one batch and, every second time, draws N
+actions at its states from an older copy of the policy, weights them by value and refits the policy
+to them, eq. (7). Diffusion time t counts T noise levels upwards: a_t = alpha_t a0 + sigma_t noise,
+velocity = alpha_t noise - sigma_t a0. Shapes: B states, N samples a state, o observation, d action,
+E environments, H hidden units.
 """
 
 import contextlib
@@ -18,13 +18,10 @@ import functools
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-import warnings
-import zipfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,8 +30,8 @@ from typing import Literal, NamedTuple
 if __name__ == "__main__" and "device_count" not in os.environ.get("XLA_FLAGS", ""):
     # XLA threads one CPU device badly: make one device a core and split each batch over them.
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    device_count = f"--xla_force_host_platform_device_count={cores}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {device_count}"
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={cores}"
 
 import gymnasium as gym
 import imageio.v2 as imageio
@@ -49,10 +46,10 @@ from tqdm import tqdm
 
 from common import solve_nu, update_lam
 
+gym.logger.min_level = gym.logger.ERROR  # the paper's tasks are v4, though v5 is newer
 FAST = "--sampler dpm2 --sampling-steps 6 --num-samples 8"  # the README's setting for a CPU
-EVAL_SEED = 2**31  # of the first evaluation episode; training uses smaller ones
+EVAL_SEED = 2**31  # of the first evaluation episode; training's are smaller
 EPISODE_LIMIT = 10_000  # steps of an evaluation episode that nothing else ends
-LOG_EVERY = 400  # updates between two readings of the metrics, which wait for the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +65,14 @@ class Args:
     num_samples: int = 32  # N, weighted samples a state
     diffusion_steps: int = 20  # T, noise levels
     sampling_steps: int = 20  # noise levels that the sampler visits, each a call of the network
-    sampler: Literal["ddpm", "posterior", "ddim", "dpm2"] = "ddpm"  # see sampler_steps
+    sampler: Literal["ddpm", "dpm2"] = "ddpm"  # dpm2 is deterministic and good with six steps
     old_policy_every: int = 250  # updates between two copies of the policy to the sampled one
     target_samples: int = 4  # M: the critics' target takes the best of M next actions
     act_samples: int = 8  # the action taken is the best of so many; an evaluation's, of N
-    act_noise: float = 0.0  # std of Gaussian noise on actions taken and in targets; range [-1, 1]
-    sample_noise: float = 0.2  # std of Gaussian noise on the weighted samples
-    error_bound: float = 5.0  # largest squared error of one action dimension in the matching loss
+    sample_noise: float = (
+        0.2  # std of Gaussian noise on the weighted samples, in half action ranges
+    )
+    error_bound: float = 5.0  # on the squared error of an action dimension; ends a repulsion
     weight_by: Literal["mean", "min"] = "mean"  # of both critics, the value that weights a sample
     # optimisation
     policy_lr: float = 3e-4  # at the first update, then linearly to
@@ -88,7 +86,7 @@ class Args:
     hidden_dim: int = 256  # H, units of each of the 3 hidden layers of every network
     # run
     total_timesteps: int = 1_000_000  # environment steps, over all environments
-    learning_starts: int | None = None  # random steps before; default 30_000 or a tenth of the run
+    learning_starts: int | None = None  # random steps first; default 30_000 or a tenth of the run
     num_envs: int = 5  # environments; one update for each step of all of them
     buffer_size: int = 1_000_000  # the most recent transitions, which batches are drawn from
     eval_every: int = 50_000  # environment steps between evaluations
@@ -101,48 +99,32 @@ class Args:
     evaluate: str | None = None  # run folder to evaluate instead of training
 
     def __post_init__(self):
-        if self.eps_kl is None and self.num_samples > 1:
-            bound = 1.5 / math.log(32) * math.log(self.num_samples)
-            object.__setattr__(self, "eps_kl", round(bound, 6))
+        log_n = math.log(max(self.num_samples, 2))
+        if self.eps_kl is None:
+            object.__setattr__(self, "eps_kl", round(1.5 / math.log(32) * log_n, 6))
         if self.learning_starts is None:
             object.__setattr__(self, "learning_starts", min(30_000, self.total_timesteps // 10))
-        n, log_n = self.num_samples, math.log(max(self.num_samples, 1))
-        counts = "diffusion_steps old_policy_every target_samples act_samples batch_size eval_every"
-        counts += " policy_delay hidden_dim total_timesteps num_envs eval_episodes checkpoint_every"
-        floats = [x for x in vars(self).values() if isinstance(x, float)]
+        for name, x in vars(self).items():
+            least = 1 if type(x) is int and name not in ("seed", "learning_starts") else 0
+            if type(x) in (int, float) and name != "neg_clip" and not x >= least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {x}")
+        first_learning_step = self.learning_starts + self.num_envs
+        clipped = self.weighting in ("linear", "square", "power")
         for ok, rule in (  # tyro prints a ValueError as an error of usage
-            (all(getattr(self, x) >= 1 for x in counts.split()), f"at least 1: {counts}"),
-            (not any(map(math.isnan, floats)), "a value is nan"),
-            (0 <= self.seed < 2**31, "--seed must be in [0, 2^31)"),
-            (n > 1, "--num-samples must be at least 2, for weights to compare"),
-            (n < 2 or 0 < self.eps_kl < log_n, f"--eps-kl must be in (0, log N = {log_n:.3f})"),
+            (self.seed < EVAL_SEED, "--seed must be below 2^31"),
             (self.neg_clip <= 0, "--neg-clip must be at most 0"),
-            (not self.neg_clip or self.weighting in POWERS, f"--neg-clip is for {POWERS}"),
-            (self.power > 0 and self.error_bound > 0, "--power and --error-bound must be above 0"),
-            (1 <= self.sampling_steps <= self.diffusion_steps, "--sampling-steps: 1 to T"),
-            (min(self.act_noise, self.sample_noise) >= 0, "noise must be at least 0"),
-            (min(self.policy_lr, self.critic_lr) > 0, "learning rates must be above 0"),
-            (0 <= self.policy_lr_end <= self.policy_lr, "--policy-lr-end: 0 to --policy-lr"),
-            (0 <= self.gamma <= 1 and 0 < self.tau <= 1, "--gamma and --tau must be in [0, 1]"),
-            (self.reward_scale > 0, "--reward-scale must be above 0"),
+            (clipped or not self.neg_clip, f"--neg-clip is not for --weighting {self.weighting}"),
+            (self.num_samples > 1, "--num-samples must be at least 2, for weights to compare"),
+            (0 < self.eps_kl < log_n, f"--eps-kl must be in (0, log N = {log_n:.3f})"),
+            (self.sampling_steps <= self.diffusion_steps, "--sampling-steps exceeds T"),
             (self.batch_size <= self.learning_starts, "--batch-size exceeds --learning-starts"),
-            (self.batch_size <= self.buffer_size, "--batch-size exceeds --buffer-size"),
+            (first_learning_step <= self.total_timesteps, "--total-timesteps leaves no update"),
             (self.checkpoint_every <= self.buffer_size, "--checkpoint-every exceeds --buffer-size"),
-            (self.num_updates > 0, "--learning-starts or --num-envs leaves no update"),
-            (not (self.resume and self.evaluate), "--resume and --evaluate exclude each other"),
-            ("://" not in f"{self.run_dir}", "--run-dir must be a local folder"),
+            ("://" not in (self.run_dir or ""), "--run-dir must be a local folder"),
+            (not self.track or find_spec("wandb"), "--track needs pip install wandb"),
         ):
             if not ok:
                 raise ValueError(rule)
-
-    @property
-    def num_updates(self):
-        """Updates of the critics in the whole run: 194,000 by default, for the paper's 200,000."""
-        last, first = (-(-x // self.num_envs) for x in (self.total_timesteps, self.learning_starts))
-        return last - first
-
-
-POWERS = ("linear", "square", "power")  # weightings that eq. (11) can clip
 
 
 # ---- networks ----------------------------------------------------------------------------------
@@ -159,11 +141,8 @@ def mish(x):
 def init_mlp(key, sizes):
     """[{"w": [in, out], "b": [out]}, ...]: truncated normal of variance 1 / in, and zeros."""
     init, keys = jax.nn.initializers.lecun_normal(), jax.random.split(key, len(sizes) - 1)
-    shapes = zip(sizes[:-1], sizes[1:], strict=True)
-    return [
-        {"w": init(k, shape), "b": jnp.zeros(shape[1])}
-        for k, shape in zip(keys, shapes, strict=True)
-    ]
+    layers = zip(keys, sizes[:-1], sizes[1:], strict=True)
+    return [{"w": init(k, (n_in, n_out)), "b": jnp.zeros(n_out)} for k, n_in, n_out in layers]
 
 
 def dense(layer, x):
@@ -171,7 +150,6 @@ def dense(layer, x):
 
 
 def mlp(layers, x):
-    """Mish between layers, none after the last: x [..., in] -> [..., out]."""
     for layer in layers[:-1]:
         x = mish(dense(layer, x))
     return dense(layers[-1], x)
@@ -189,17 +167,16 @@ def q_values(critics, obs, act):
 
 
 def policy_velocity(theta, obs, num_levels):
-    """The policy network at fixed states: obs [B, o] -> velocity(a_t [B, N, d], t) [B, N, d].
+    """The policy at fixed states: obs [B, o] -> velocity(a_t [B, N, d], t [] or [B, N]) [B, N, d].
 
-    It sees [obs | a_t | embedding of t]. The first layer's products with obs and with the T
-    embeddings are computed here, once for all samples and noise levels; t is int, [] or [B, N].
+    Its net sees [obs | a_t | embedding of t]; the first layer's products with obs and with the T
+    embeddings are made here, once for all samples and noise levels.
     """
     first, *rest = theta["net"]
     o, d = obs.shape[-1], rest[-1]["b"].shape[0]
     w_obs, w_act, w_time = jnp.split(first["w"], [o, o + d])
     obs_part = dense({"w": w_obs, "b": first["b"]}, obs)[:, None]  # [B, 1, H]
-    frequency = 10_000.0 ** -jnp.linspace(0, 1, 8)
-    phase = jnp.outer(jnp.arange(1.0, num_levels + 1), frequency)
+    phase = jnp.outer(jnp.arange(1.0, num_levels + 1), 10_000.0 ** -jnp.linspace(0, 1, 8))
     embedding = jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)  # [T, 16]
     time_part = mlp(theta["time"], embedding) @ w_time  # [T, H]
 
@@ -219,25 +196,12 @@ def cosine_alpha_bar(num_levels):
     return np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], 0.999))
 
 
-class SamplerSteps(NamedTuple):
-    """The levels that a sampler visits, upwards, each [S], and its step down from each of them:
-    a_next = coef_a0 a0 + coef_last (a0 predicted one level above) + coef_at a_t + std noise."""
-
-    t: np.ndarray  # index of the level among T
-    alpha: np.ndarray
-    sigma: np.ndarray
-    coef_a0: np.ndarray
-    coef_last: np.ndarray  # not 0 for dpm2 alone
-    coef_at: np.ndarray
-    std: np.ndarray  # 0 for ddim and dpm2
-
-
 def sampler_steps(sampler, num_levels, num_visited):
-    """-> SamplerSteps. Levels are denser at low noise, where actions get their final spread.
+    """The levels visited, upwards and denser at low noise, and the step down from each of them:
+        a_next = coef_a0 a0 + coef_last (a0 predicted one level above) + coef_at a_t + std noise.
 
-    ddpm: ancestral with variance beta_t, none in the last step. posterior: the smaller variance of
-    Ho et al. (2006.11239), eq. 7. ddim: Song et al. (2010.02502), eq. 12 with sigma = 0. dpm2:
-    DPM-Solver++(2M), Lu et al. (2211.01095), Algorithm 2; good with six steps.
+    ddpm: Ho et al. (2006.11239) with variance beta_t, none in the last step. dpm2: Lu et al.
+    (2211.01095), DPM-Solver++(2M). -> the level's index, alpha, sigma, and coefficients as above.
     """
     i = np.arange(num_visited)
     t = np.round((num_levels - 1) * (i / max(num_visited - 1, 1)) ** 1.5).astype(np.int32)
@@ -245,19 +209,16 @@ def sampler_steps(sampler, num_levels, num_visited):
     bar = cosine_alpha_bar(num_levels)[t]
     bar_next = np.append(1.0, bar[:-1])
     alpha, sigma, std, extrapolate = np.sqrt(bar), np.sqrt(1 - bar), 0 * bar, 0 * bar
-    beta = 1 - bar / bar_next
-    posterior = beta * (1 - bar_next) / (1 - bar) if sampler in ("ddpm", "posterior") else 0 * bar
-    coef_at = np.sqrt(1 - bar_next - posterior) / sigma
+    coef_at = np.sqrt(1 - bar_next) / sigma
     if sampler == "ddpm":
-        std[1:] = np.sqrt(beta[1:])
-    if sampler == "posterior":
-        std = np.sqrt(posterior)
-    if sampler == "dpm2":
+        coef_at *= coef_at * alpha / np.sqrt(bar_next)
+        std[1:] = np.sqrt(1 - bar / bar_next)[1:]
+    else:
         h = -np.diff(np.log(alpha / sigma))
-        extrapolate[1:-1] = h[:-1] / h[1:] / 2  # the first step and the last are ddim's
-    gain = np.sqrt(bar_next) - alpha * coef_at
-    rows = (alpha, sigma, (1 + extrapolate) * gain, -extrapolate * gain, coef_at, std)
-    return SamplerSteps(t, *(row.astype(np.float32) for row in rows))
+        extrapolate[1:-1] = h[:-1] / h[1:] / 2  # the first step and the last are of first order
+    coef_a0 = np.sqrt(bar_next) - alpha * coef_at
+    rows = (alpha, sigma, (1 + extrapolate) * coef_a0, -extrapolate * coef_a0, coef_at, std)
+    return t, *(row.astype(np.float32) for row in rows)
 
 
 def sample_actions(args, theta, obs, num_samples, key):
@@ -267,34 +228,30 @@ def sample_actions(args, theta, obs, num_samples, key):
     k_start, k_steps = jax.random.split(key)
 
     def denoise(carry, level):
-        (a_t, last_a0), (i, at) = carry, level
-        a0 = jnp.clip(at.alpha * a_t - at.sigma * velocity(a_t, at.t), -1, 1)
-        a_t = at.coef_a0 * a0 + at.coef_last * last_a0 + at.coef_at * a_t
-        if args.sampler in ("ddpm", "posterior"):
-            a_t += at.std * jax.random.normal(jax.random.fold_in(k_steps, i), shape)
+        (a_t, last_a0), (i, t, alpha, sigma, coef_a0, coef_last, coef_at, std) = carry, level
+        a0 = jnp.clip(alpha * a_t - sigma * velocity(a_t, t), -1, 1)
+        a_t = coef_a0 * a0 + coef_last * last_a0 + coef_at * a_t
+        if args.sampler == "ddpm":
+            a_t += std * jax.random.normal(jax.random.fold_in(k_steps, i), shape)
         return (a_t, a0), None
 
-    start = jax.random.normal(k_start, shape), jnp.zeros(shape)
     steps = sampler_steps(args.sampler, args.diffusion_steps, args.sampling_steps)
-    levels = np.arange(args.sampling_steps), steps
-    (a_t, _), _ = jax.lax.scan(denoise, start, levels, reverse=True)
-    return jnp.clip(a_t, -1, 1)
+    start = jax.random.normal(k_start, shape), jnp.zeros(shape)
+    levels = np.arange(args.sampling_steps), *steps
+    return jax.lax.scan(denoise, start, levels, reverse=True)[0][1]  # the last a0 predicted
 
 
 # ---- weights -----------------------------------------------------------------------------------
 
 
 def weights(args, q, lam):
-    """w [B, N] of eq. (9) from q [B, N] and lam [], both in reward units; carries no gradient.
-
-    Mean 1 over N for exp and the powers, 0 for wd1, any for qvpo.
-    """
+    """Eq. (9): q [B, N] and lam [], in reward units -> w [B, N] of mean 1 over N; no gradient."""
     n, q = q.shape[-1], jax.lax.stop_gradient(q - jnp.max(q, axis=-1, keepdims=True))
     if args.weighting == "exp":  # Example 3.1
         return n * jax.nn.softmax(q / lam, axis=-1)
-    if args.weighting == "qvpo":  # Example 3.2, but w = y as in Table 1: relu(q - mean q) / 0.5
+    if args.weighting == "qvpo":  # Example 3.2, but w = y as in Table 1; not normalised
         return jax.nn.relu(q - jnp.mean(q, axis=-1, keepdims=True)) / 0.5
-    if args.weighting == "wd1":  # Example 3.4
+    if args.weighting == "wd1":  # Example 3.4; mean 0
         advantage = jax.nn.standardize(q, axis=-1, epsilon=1e-12)
         return n * (jax.nn.softmax(advantage, axis=-1) - jax.nn.softmax(-advantage, axis=-1))
     power = {"linear": 1, "square": 2, "power": args.power}[args.weighting]
@@ -321,13 +278,13 @@ class State(NamedTuple):
 
 def optimisers(args):
     """Adam for the policy, its rate annealed over the run (Table 4), and for the critics."""
-    last = -(-args.num_updates // args.policy_delay) - 1  # the policy's updates count from 0
-    policy_lr = optax.linear_schedule(args.policy_lr, args.policy_lr_end, max(last, 1))
+    critic_updates = (args.total_timesteps - args.learning_starts) // args.num_envs
+    steps = max(critic_updates // args.policy_delay - 1, 1)  # from the first rate to the last
+    policy_lr = optax.linear_schedule(args.policy_lr, args.policy_lr_end, steps)
     return optax.adam(policy_lr), optax.adam(args.critic_lr)
 
 
 def init_state(args, obs_dim, act_dim, key):
-    """Fresh networks of Table 4 for o observations and d actions."""
     k_net, k_time, *k_critics = jax.random.split(key, 4)
     hidden, embedding = [args.hidden_dim] * 3, 16
     net = init_mlp(k_net, [obs_dim + act_dim + embedding, *hidden, act_dim])
@@ -339,26 +296,21 @@ def init_state(args, obs_dim, act_dim, key):
     return State(theta, copies[0], critics, copies[1], *opts, jnp.zeros(()), zero)
 
 
-def choose_actions(args, theta, critics, obs, num, noise, key):
-    """The best of num samples by the smaller critic, with noise: obs [B, o] -> [B, d]."""
-    k_sample, k_noise = jax.random.split(key)
-    a0 = sample_actions(args, theta, obs, num, k_sample)
-    best = jnp.argmax(q_values(critics, obs, a0).min(axis=0), axis=-1) if num > 1 else None
-    a0 = a0[:, 0] if num == 1 else jnp.take_along_axis(a0, best[:, None, None], axis=1)[:, 0]
-    return jnp.clip(a0 + noise * jax.random.normal(k_noise, a0.shape), -1, 1) if noise else a0
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def best_action(args, theta, critics, obs, num_samples, key, step):
+    """The best of some samples of the policy by the smaller critic: obs [B, o] -> [B, d]."""
+    a0 = sample_actions(args, theta, obs, num_samples, jax.random.fold_in(key, step))
+    best = jnp.argmax(q_values(critics, obs, a0).min(axis=0), axis=-1)
+    return jnp.take_along_axis(a0, best[:, None, None], axis=1)[:, 0]
 
 
 def critic_loss(critics, obs, act, target):
-    """Squared error, summed over both critics: obs [B, o], act [B, d], target [B]."""
-    q = q_values(critics, obs, act[:, None])[..., 0]
+    q = q_values(critics, obs, act[:, None])[..., 0]  # [2, B]
     return jnp.mean((q - target) ** 2, axis=-1).sum(), q
 
 
 def matching_loss(theta, args, obs, a0, w, key):
-    """Reweighted matching, eq. (7), at uniform t: obs [B, o], a0 [B, N, d], w [B, N].
-
-    A negative weight pushes a squared error up to error_bound and no further.
-    """
+    """Reweighted matching, eq. (7), at uniform t: obs [B, o], a0 [B, N, d], w [B, N]."""
     k_t, k_noise = jax.random.split(key)
     t = jax.random.randint(k_t, w.shape, 0, args.diffusion_steps)
     alpha_bar = jnp.asarray(cosine_alpha_bar(args.diffusion_steps), jnp.float32)[t][..., None]
@@ -370,7 +322,7 @@ def matching_loss(theta, args, obs, a0, w, key):
 
 
 def update_policy(args, state, obs, key):
-    """Samples of pi_old, their weights, lam by its dual, and matching: -> state, metrics."""
+    """Samples of pi_old, their weights, lam by its dual, and matching -> state, metrics."""
     k_sample, k_noise, k_loss = jax.random.split(key, 3)
     a0 = sample_actions(args, state.theta_old, obs, args.num_samples, k_sample)
     spread = a0.std(axis=1).mean()
@@ -380,40 +332,38 @@ def update_policy(args, state, obs, key):
     w = weights(args, q, jnp.exp(state.log_lam))
     log_lam, kl = update_lam(state.log_lam, q, args.eps_kl)
     loss, grads = jax.value_and_grad(matching_loss)(state.theta, args, obs, a0, w, k_loss)
-    updates, theta_opt = optimisers(args)[0].update(grads, state.theta_opt)
+    updates, opt = optimisers(args)[0].update(grads, state.theta_opt)
     theta = optax.apply_updates(state.theta, updates)
     ess = jnp.sum(jnp.abs(w), axis=-1) ** 2 / jnp.maximum(jnp.sum(w**2, axis=-1), 1e-30)
     metrics = {"policy_loss": loss, "policy_grad_norm": optax.tree.norm(grads), "kl": kl}
     metrics |= {"lam": jnp.exp(log_lam), "ess": ess.mean(), "spread": spread}
     metrics |= {"w_max": w.max(), "w_negative": jnp.mean(w < 0)}
-    return state._replace(theta=theta, theta_opt=theta_opt, log_lam=log_lam), metrics
+    return state._replace(theta=theta, theta_opt=opt, log_lam=log_lam), metrics
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def update(args, with_policy, state, batch, key):
     """One iteration of Algorithm 1 on replay rows [B, 2 o + d + 2] -> state, metrics {name: []}.
-
-    `state` is donated: its arrays must not be used afterwards.
-    """
+    The state passed in is donated: its arrays must not be used afterwards."""
     d = state.theta["net"][-1]["b"].shape[0]
     o = (batch.shape[-1] - d - 2) // 2
-    obs, next_obs, act, rest = jnp.split(batch, [o, 2 * o, 2 * o + d], axis=-1)
-    reward, terminated = args.reward_scale * rest[:, 0], rest[:, 1]
+    obs, next_obs, act, reward, terminated = jnp.split(batch, np.cumsum([o, o, d, 1]), axis=-1)
     k_target, k_policy = jax.random.split(jax.random.fold_in(key, state.step))
 
-    next_act = choose_actions(
-        args, state.theta, state.critics, next_obs, args.target_samples, args.act_noise, k_target
-    )
-    next_q = q_values(state.critics_target, next_obs, next_act[:, None]).min(axis=0)[:, 0]
-    target = reward + args.gamma * (1 - terminated) * next_q
+    # critics: to r + gamma Q(the best of M next actions)
+    m = args.target_samples
+    next_act = best_action(args, state.theta, state.critics, next_obs, m, k_target, 0)
+    next_q = q_values(state.critics_target, next_obs, next_act[:, None]).min(axis=0)
+    target = (args.reward_scale * reward + args.gamma * (1 - terminated) * next_q)[:, 0]
     loss_and_grad = jax.value_and_grad(critic_loss, has_aux=True)
     (loss, q), grads = loss_and_grad(state.critics, obs, act, target)
     updates, critics_opt = optimisers(args)[1].update(grads, state.critics_opt)
     critics = optax.apply_updates(state.critics, updates)
     critics_target = optax.incremental_update(critics, state.critics_target, args.tau)
     metrics = {"q_target": target.mean(), "q": q.mean(), "critic_loss": loss}
-    metrics |= {"critic_grad_norm": optax.tree.norm(grads)}
+    metrics["critic_grad_norm"] = optax.tree.norm(grads)
 
+    # policy and lam, every policy_delay updates
     renew = state.step % args.old_policy_every == 0
     theta_old = jax.tree.map(lambda x, y: jnp.where(renew, x, y), state.theta, state.theta_old)
     new = {"critics": critics, "critics_target": critics_target, "critics_opt": critics_opt}
@@ -424,138 +374,100 @@ def update(args, with_policy, state, batch, key):
     return state, metrics
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def act(args, explore, theta, critics, obs, key, step):
-    """Actions to take, or those of an evaluation: obs [E, o] -> [E, d] in [-1, 1]."""
-    num, noise = (args.act_samples, args.act_noise) if explore else (args.num_samples, 0.0)
-    return choose_actions(args, theta, critics, obs, num, noise, jax.random.fold_in(key, step))
-
-
 # ---- environments and replay -------------------------------------------------------------------
 
 
-class CutOff(gym.Wrapper):
-    """Truncates an episode whose simulation blew up: MuJoCo then starts again without a word, and
-    only its clock tells. The last sane state follows itself with reward 0, and bootstraps."""
-
-    def reset(self, *, seed=None, options=None):
-        self.obs, info = self.env.reset(seed=seed, options=options)
-        return self.obs, info
-
-    def step(self, action):
-        before = self.env.unwrapped.data.time
-        obs, *rest = self.env.step(action)
-        if self.env.unwrapped.data.time <= before:
-            print("warning: episode cut off: the simulation is unstable", file=sys.stderr)
-            return self.obs, 0.0, False, True, {}
-        self.obs = obs
-        return obs, *rest
+def simulation_time(env):
+    return env.unwrapped.data.time if hasattr(env.unwrapped, "mujoco_renderer") else 0.0
 
 
-def make_env(args, film=False):
-    """The environment --env-id, by itself; one to be filmed is drawn without shadows, which is 20
-    times faster where there is no GPU."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*out of date|.*X11|.*GLFW")  # v4 is the paper's
-        kwargs = {"render_mode": "rgb_array"} if film else {}
-        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
-    if not hasattr(env.unwrapped, "mujoco_renderer"):
-        return env
-    if film:
-        model = env.unwrapped.model
-        model.vis.quality.shadowsize, model.vis.quality.offsamples = 0, 0
-        model.mat_reflectance[:] = 0
-    return CutOff(env)
+class Checked(gym.Wrapper):
+    """Takes actions in [-1, 1] and returns fresh float32 arrays, for an environment may reuse its
+    own. A simulation that blew up, which MuJoCo starts again without a word, is truncated: its last
+    state follows itself with reward 0, and so bootstraps."""
 
-
-class Envs:
-    """E environments stepped one after the other, with actions in [-1, 1]. What they return is
-    checked and copied to float32 at once: an environment may reuse its arrays."""
-
-    def __init__(self, args, num_envs, evaluation=False):
-        try:
-            films = [args.capture_video and evaluation] + [False] * (num_envs - 1)
-            self.envs = [make_env(args, film) for film in films]
-        except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-            fail(f"cannot make {args.env_id}: {error}")
-        obs, act = self.envs[0].observation_space, self.envs[0].action_space
+    def __init__(self, env, index):
+        super().__init__(env)
+        obs, act, self.index, self.steps = env.observation_space, env.action_space, index, 0
         flat = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (obs, act))
-        if not (flat and act.shape[0] and np.issubdtype(act.dtype, np.floating)):
-            hint = "gymnasium.wrappers.FlattenObservation makes other observations so"
-            fail(f"observations and actions must be flat and real, not {obs}, {act}; {hint}")
-        if not act.is_bounded() or np.abs([act.low, act.high]).max() >= 1e10:  # dm_control's inf
-            fail(f"actions must be bounded, not {act}")
-        self.obs_shape, self.low, self.high = obs.shape, act.low, act.high
-        self.kind, self.steps = "evaluation" if evaluation else "training", 0
+        # dm_control's bound of an actuator without limits is 1e10
+        if not (flat and act.dtype.kind == "f" and act.shape[0] and np.abs(act.high).max() < 1e10):
+            rule = "observations and actions must be flat and real, actions bounded"
+            fail(f"{rule}, not {obs}, {act}; see gymnasium.wrappers.FlattenObservation")
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape)
+        self.action_space = gym.spaces.Box(-1, 1, act.shape)
 
-    def read(self, i, name, value, shape):
-        """A float32 copy of what environment i returned; ends the run if it is none."""
+    def read(self, name, value, shape):
         with np.errstate(over="ignore"):
             value = np.array(value, np.float32)
-        where = f"of environment {i} at {self.kind} step {self.steps}"
-        if value.shape != shape and (shape or value.size != 1):  # a reward may be [1]
-            fail(f"{name} {where} has shape {value.shape}, not {shape}", 1)
-        if not np.isfinite(value).all():
-            fail(f"{name} {where} is not finite in float32", 1)
-        return value.reshape(shape)
+        if value.shape != shape or not np.isfinite(value).all():
+            what = "not finite in float32" if value.shape == shape else f"of shape {value.shape}"
+            fail(f"{name} of environment {self.index} after {self.steps} steps is {what}", 1)
+        return value
 
-    def reset(self, i, seed=None):
-        obs, _ = self.envs[i].reset(seed=seed)
-        return self.read(i, "first observation", obs, self.obs_shape)
-
-    def reset_all(self, seeds):
-        self.obs = np.stack([self.reset(i, int(seed)) for i, seed in enumerate(seeds)])
+    def reset(self, **kwargs):
+        obs, _ = self.env.reset(**kwargs)
+        self.obs = self.read("first observation", obs, self.observation_space.shape)
+        return self.obs, {}
 
     def step(self, a0):
-        """a0 [E, d] -> next_obs [E, o], reward, terminated and ended [E]. `obs` [E, o] is what to
-        act on then: next_obs, or the first observation of a new episode where one ended."""
-        self.steps += len(self.envs)
-        action = self.low + (a0.astype(self.low.dtype) + 1) / 2 * (self.high - self.low)
-        action, rows, obs = np.clip(action, self.low, self.high), [], []
-        for i, env in enumerate(self.envs):
-            self.read(i, "action", action[i], self.low.shape)
-            next_obs, reward, terminated, truncated, _ = env.step(action[i])
-            reward = self.read(i, "reward", reward, ())
-            next_obs = self.read(i, "observation", next_obs, self.obs_shape)
-            ended = bool(terminated or truncated)
-            rows.append((next_obs, reward, bool(terminated), ended))
-            obs.append(self.reset(i) if ended else next_obs)
-        self.obs = np.stack(obs)
-        return tuple(np.stack(column) for column in zip(*rows, strict=True))
+        self.steps, space, before = self.steps + 1, self.env.action_space, simulation_time(self.env)
+        a0 = self.read("action", a0, space.shape).astype(space.dtype)
+        action = np.clip(space.low + (a0 + 1) / 2 * (space.high - space.low), space.low, space.high)
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        if 0 < simulation_time(self.env) <= before:
+            print("warning: episode cut off: the simulation is unstable", file=sys.stderr)
+            return self.obs, 0.0, False, True, {}
+        self.obs = self.read("observation", obs, self.observation_space.shape)
+        reward = self.read("reward", reward[0] if np.shape(reward) == (1,) else reward, ())
+        return self.obs, float(reward), bool(terminated), bool(truncated), {}
 
-    def close(self):
-        for env in self.envs:
-            env.close()
+
+def make_env(args, index, film):
+    kwargs = {"render_mode": "rgb_array"} if film else {}
+    env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+    if film and hasattr(env.unwrapped, "mujoco_renderer"):  # 20 times faster where there is no GPU
+        model = env.unwrapped.model
+        model.vis.quality.shadowsize = model.vis.quality.offsamples = model.mat_reflectance[:] = 0
+    return Checked(env, index)
+
+
+def make_envs(args, num_envs, film=False):
+    """Environments stepped in turn, the first one to be filmed. A step that ends an episode returns
+    the next one's first observation; its own last one is in infos["final_obs"]."""
+    thunks = [functools.partial(make_env, args, i, film and i == 0) for i in range(num_envs)]
+    try:
+        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        fail(f"cannot make the environment{' for --capture-video' if film else ''}: {error}")
+
+
+def reset_envs(envs, first_seed):
+    np.random.seed(first_seed)  # some environments draw from numpy's global generator
+    return envs.reset(seed=[first_seed + i for i in range(envs.num_envs)])[0]
 
 
 class Replay:
-    """The last buffer_size transitions [obs | next_obs | act | reward | terminated], in a file.
-
-    The ring is twice as long, so that a resumed run finds every row it may still sample.
-    """
+    """The last buffer_size transitions [obs | next_obs | act | reward | terminated], in a file of
+    twice that, so that a resumed run finds every row it may still sample."""
 
     def __init__(self, args, path, width, written):
-        shape = min(2 * args.buffer_size, args.total_timesteps + args.num_envs), width
-        size = 4 * math.prod(shape)
+        rows = min(2 * args.buffer_size, args.total_timesteps + args.num_envs)
         try:
-            with path.open("r+b" if written else "w+b") as file:
-                if written and path.stat().st_size != size:
-                    fail(f"{path} does not fit the checkpoint")
-                if hasattr(os, "posix_fallocate"):  # a disk too full is known now, not in hours
-                    os.posix_fallocate(file.fileno(), 0, size)
+            self.rows = np.memmap(path, np.float32, "r+" if written else "w+", shape=(rows, width))
+            if hasattr(os, "posix_fallocate"):  # a disk too full is known now, not in hours
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, self.rows.nbytes)
         except OSError as error:
-            fail(f"the replay takes {size / 1e9:.2f} GB in {path}: {error.strerror}")
-        self.rows = np.memmap(path, np.float32, "r+", shape=shape)
+            fail(f"no replay of {rows * width * 4e-9:.2f} GB in {path}: {error.strerror}")
         self.limit, self.written = args.buffer_size, written
 
     def add(self, *columns):
-        """One row for each environment; columns are [E, .] or [E]."""
         rows = np.concatenate([x.reshape(len(x), -1) for x in columns], axis=1)
         self.rows[(self.written + np.arange(len(rows))) % len(self.rows)] = rows
         self.written += len(rows)
 
     def sample(self, rng, batch_size):
-        """Uniform with replacement -> [B, 2 o + d + 2]."""
         age = rng.integers(min(self.written, self.limit), size=batch_size)
         return self.rows[(self.written - 1 - age) % len(self.rows)]
 
@@ -563,59 +475,45 @@ class Replay:
 # ---- evaluation and checkpoints ----------------------------------------------------------------
 
 
-def evaluate(args, envs, state, key, step, film_path, stop=()):
+def evaluate(args, envs, state, key, step, run_dir, stop):
     """An episode of each environment, best of N, the same starts every time, the first one filmed.
-
-    -> rows [E, 4] of eval.csv: step, episode, return, length; None once `stop` is not empty.
-    """
-    numpy_state = np.random.get_state()  # some environments draw from numpy's global generator
-    np.random.seed(EVAL_SEED)
-    envs.reset_all(EVAL_SEED + np.arange(len(envs.envs)))
-    rows, running = np.zeros((len(envs.envs), 4)), np.ones(len(envs.envs), bool)
-    rows[:, 0], rows[:, 1] = step, np.arange(len(rows))
-    film = open_film(film_path, envs.envs[0]) if args.capture_video else None
+    -> rows [E, 4] of eval.csv: step, episode, return, length. Exits once `stop` is not empty."""
+    obs, count, film = reset_envs(envs, EVAL_SEED), envs.num_envs, None
+    returns, lengths, running = np.zeros(count), np.zeros(count), np.ones(count, bool)
+    if args.capture_video:
+        (run_dir / "videos").mkdir(exist_ok=True)
+        fps = envs.envs[0].metadata.get("render_fps", 30)
+        film = imageio.get_writer(run_dir / "videos" / f"step-{step}.mp4", fps=fps)
     for t in range(EPISODE_LIMIT):
-        if film and running[0]:
-            film = add_frame(film, envs.envs[0])
-        a0 = act(args, False, state.theta, state.critics, envs.obs, key, t)
-        _, reward, _, ended = envs.step(np.asarray(a0))
-        rows[running, 2:] += np.column_stack([reward, np.ones(len(rows))])[running]
-        running &= ~ended
-        if stop or not running.any():
+        try:
+            if film and running[0]:
+                film.append_data(envs.envs[0].render())
+        except Exception as error:  # of a driver, an encoder, a full disk
+            if t == 0 and (step == 0 or args.evaluate):  # before any training
+                fail(f"--capture-video: {type(error).__name__}: {error}")
+            film = print(f"warning: no film: {error}", file=sys.stderr)
+        a0 = best_action(args, state.theta, state.critics, obs, args.num_samples, key, t)
+        obs, reward, terminated, truncated, _ = envs.step(np.asarray(a0))
+        returns, lengths = returns + reward * running, lengths + running
+        running &= ~(terminated | truncated)
+        if stop:
+            sys.exit(128 + stop[0])
+        if not running.any():
             break
     if film:
         film.close()
-    np.random.set_state(numpy_state)
-    return None if stop else rows
+    return np.column_stack([np.full(count, step), np.arange(count), returns, lengths])
 
 
 def write_rows(path, rows):
-    temporary, header = path.with_suffix(".tmp"), "step,episode,return,length"
-    np.savetxt(temporary, rows, "%d,%d,%.6f,%d", header=header, comments="")
-    temporary.replace(path)
-
-
-def summary(rows):
-    mean, std = rows[:, 2].mean(), rows[:, 2].std()
-    return f"return {mean:.1f} +- {std:.1f} (std over {len(rows)} episodes)"
-
-
-def open_film(path, env):
-    path.parent.mkdir(exist_ok=True)
-    return imageio.get_writer(path, fps=env.metadata.get("render_fps", 30))
-
-
-def add_frame(film, env):
-    """-> film, or None and a warning: no driver or encoder may end a training run."""
-    try:
-        film.append_data(env.render())
-        return film
-    except Exception as error:
-        print(f"warning: no film: {error}", file=sys.stderr)
+    """Adds an evaluation to a CSV file -> its summary."""
+    header = "" if path.exists() else "step,episode,return,length"
+    with path.open("a") as file:
+        np.savetxt(file, rows, "%d,%d,%.6f,%d", header=header, comments="")
+    return f"step {rows[0, 0]:.0f}: return {rows[:, 2].mean():.1f} +- {rows[:, 2].std():.1f}"
 
 
 def named_leaves(tree):
-    """{name: array}, as a checkpoint holds a pytree."""
     return {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -631,12 +529,11 @@ def load(path, template):
     """-> state with the tree and shapes of `template`, environment step."""
     try:
         with np.load(path) as file:
-            arrays, step = {name: file[name] for name in named_leaves(template)}, file["env_step"]
-        for name, like in named_leaves(template).items():
-            if (arrays[name].shape, arrays[name].dtype) != (like.shape, like.dtype):
-                raise ValueError(f"{name} has another shape")
-        return jax.tree.unflatten(jax.tree.structure(template), arrays.values()), int(step)
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            arrays, step = [file[name] for name in named_leaves(template)], int(file["env_step"])
+        if [x.shape for x in arrays] != [x.shape for x in jax.tree.leaves(template)]:
+            raise ValueError("its networks have other sizes")
+        return jax.tree.unflatten(jax.tree.structure(template), arrays), step
+    except Exception as error:  # a damaged file can raise anything
         fail(f"no usable checkpoint in {path}: {error}")
 
 
@@ -651,8 +548,6 @@ def fail(message, code=2):
 
 def parse_args():
     """-> args, and the folder of --resume or --evaluate, whose flags are then the defaults."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
     args = tyro.cli(Args)
     if not (folder := args.resume or args.evaluate):
         return args, None
@@ -664,76 +559,33 @@ def parse_args():
     free = "resume evaluate capture_video track eval_every eval_episodes checkpoint_every".split()
     for name, value in vars(saved).items():
         if getattr(args, name) != value and name not in free:
-            flag = "--" + name.replace("_", "-")
-            fail(f"{flag} must stay {value}, which the run and its schedules depend on")
+            fail(f"--{name.replace('_', '-')} must stay {value}: the run and its schedules need it")
     if not os.access(folder, os.W_OK):
         fail(f"{folder} is read-only")
     return args, Path(folder)
 
 
-def create_run_dir(args):
+def create_run_dir(args, suffix=""):
     """A folder that no other run has, with args.json and versions.json."""
-    name = f"{args.env_id}__simpo_mujoco__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    path = args.run_dir or "runs/" + re.sub(r"[^\w.-]", "-", name)
+    name = f"{args.env_id}__simpo_mujoco__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}{suffix}"
+    run_dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        if isinstance(error, FileExistsError) and not args.run_dir:
+            return create_run_dir(args, f"{suffix}+")
+        fail(f"--run-dir {run_dir}: {error.strerror}; --resume goes on with a run")
     versions = {x: version(x) for x in ("jax", "optax", "numpy", "gymnasium", "mujoco")}
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):  # no git
-        versions["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
-        run_dir = Path(path + suffix)
-        try:
-            run_dir.mkdir(parents=True)
-            (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-            (run_dir / "versions.json").write_text(json.dumps(versions, indent=2))
-            return run_dir
-        except OSError as error:
-            if args.run_dir or not isinstance(error, FileExistsError):
-                fail(f"--run-dir {run_dir}: {error.strerror}; --resume goes on with a run")
-
-
-def watch_signals():
-    """The list to which SIGINT and SIGTERM add their number; a second one ends the program."""
-    received = []
-
-    def note(signum, _):
-        if received:
-            raise SystemExit(128 + signum)
-        received.append(signum)
-        os.write(2, b"\nstopping after this step; once more ends it at once\n")
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, note)
-    return received
-
-
-def open_log(args, run_dir, step):
-    """TensorBoard writer, mirrored to Weights & Biases with --track."""
-    if args.track:
-        import wandb
-
-        run = {"id": run_dir.name, "name": run_dir.name, "resume": "allow", "config": vars(args)}
-        wandb.init(project="simpo", sync_tensorboard=True, **run)
-    log = SummaryWriter(str(run_dir), purge_step=step + 1)
-    log.add_text("args", "\n".join(f"    {name}: {x}" for name, x in vars(args).items()))
-    return log
-
-
-def log_metrics(log, metrics, step):
-    """One update's metrics; the first of them, in order of computation, to be off ends the run."""
-    metrics = {name: float(value) for name, value in metrics.items()}
-    for name, value in metrics.items():
-        log.add_scalar(f"losses/{name}", value, step)
-    for name, value in metrics.items():
-        if not math.isfinite(value) or name.endswith("grad_norm") and value > 1e6:
-            fail(f"diverged: {name} is {value:.3g} at step {step}", 1)
+    git = f"git -C '{Path(__file__).parent}' rev-parse HEAD"
+    versions["commit"] = subprocess.getoutput(git)  # or what git says where there is none
+    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+    (run_dir / "versions.json").write_text(json.dumps(versions, indent=2))
+    return run_dir
 
 
 def train(args, run_dir, envs, state, keys, step, stop):
-    """The loop of Algorithm 1, until the last step or a signal.
-
-    At each checkpoint new episodes begin and the generator is seeded anew, as in a run resumed from
-    there, so that the two are equal bit for bit.
-    """
+    """The loop of Algorithm 1. At each checkpoint new episodes begin and the generator is seeded
+    anew, as in a run resumed from there, so that the two are equal bit for bit."""
     k_act, k_update, k_eval = keys
     devices = jax.devices()  # a batch is split over all cores, or stays on one GPU
     count = math.gcd(len(devices), args.batch_size) if devices[0].platform == "cpu" else 1
@@ -741,118 +593,111 @@ def train(args, run_dir, envs, state, keys, step, stop):
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     split = NamedSharding(mesh, PartitionSpec("batch"))
     print(f"run folder {run_dir}, on {count} x {devices[0].device_kind}", flush=True)
+    width = 2 * envs.single_observation_space.shape[0] + envs.single_action_space.shape[0] + 2
+    replay = Replay(args, run_dir / "replay.dat", width, step)
+    if args.track:
+        import wandb
 
-    width = 2 * envs.obs_shape[0] + len(envs.low) + 2
-    replay, log = Replay(args, run_dir / "replay.dat", width, step), open_log(args, run_dir, step)
-    evals = np.zeros((0, 4))
-    if step:
-        evals = np.loadtxt(run_dir / "eval.csv", delimiter=",", skiprows=1, ndmin=2)
-        evals = evals[evals[:, 0] < step]
+        wandb.init(project="simpo", id=run_dir.name, resume="allow", sync_tensorboard=True)
+    log = SummaryWriter(str(run_dir), purge_step=step + 1)
+    log.add_text("args", "\n".join(f"    {name}: {x}" for name, x in vars(args).items()))
+    hint = f"; the fast setting is {FAST}" if devices[0].platform == "cpu" else ""
+    if getattr(envs.envs[0].spec, "max_episode_steps", 0) is None:
+        print(f"no time limit: an episode of an evaluation ends after {EPISODE_LIMIT} steps")
+    if (evals := run_dir / "eval.csv").exists():  # rows after the checkpoint are made again
+        header, *rows = evals.read_text().splitlines(keepends=True)
+        rows = [row for row in rows if int(row.split(",")[0]) < step]
+        evals.write_text("".join([header, *rows]))
+    bar, clock, speed, first = tqdm(disable=True), None, "", True
     start = updates = int(state.step)
-    bar, sps, checkpoint_due, clock, logged = tqdm(disable=True), None, True, time.time(), step
     while True:
-        paused, done = time.time(), step >= args.total_timesteps
-        if checkpoint_due or stop or done:
+        done = step >= args.total_timesteps
+        evaluation_due = done or step % args.eval_every < args.num_envs
+        if first or stop or evaluation_due or step % args.checkpoint_every < args.num_envs:
             replay.rows.flush()
             save(run_dir / "checkpoint.npz", state, step)
             if stop:
                 sys.exit(128 + stop[0])
+            if evaluation_due:
+                film = args.capture_video
+                with contextlib.closing(make_envs(args, args.eval_episodes, film)) as others:
+                    rows = evaluate(args, others, state, k_eval, step, run_dir, stop)
+                bar.write(write_rows(evals, rows) + speed)
+                log.add_scalar("charts/eval_return", rows[:, 2].mean(), step)
+            if done:
+                break
             rng = np.random.default_rng([args.seed, step])
-            np.random.seed(rng.integers(2**31))
-            envs.reset_all(rng.integers(EVAL_SEED, size=args.num_envs))
-            envs.steps, returns, lengths = step, np.zeros(args.num_envs), np.zeros(args.num_envs)
-        if step % args.eval_every < args.num_envs or done:
-            with contextlib.closing(Envs(args, args.eval_episodes, evaluation=True)) as others:
-                film = run_dir / "videos" / f"step-{step}.mp4"
-                rows = evaluate(args, others, state, k_eval, step, film, stop)
-            if stop:
-                continue
-            evals = np.concatenate([evals, rows])
-            write_rows(run_dir / "eval.csv", evals)
-            log.add_scalar("charts/eval_return", rows[:, 2].mean(), step)
-            left = f", {(args.total_timesteps - step) / sps / 3600:.1f} hours left" if sps else ""
-            bar.write(f"step {step}: {summary(rows)}{left}")
-        if done:
-            break
-        clock += time.time() - paused
+            obs, returns, first = reset_envs(envs, int(rng.integers(2**30))), 0.0, False
 
         # act and update; the device goes on with the update while the environments step
-        obs, learning = envs.obs, step >= args.learning_starts
+        learning = step >= args.learning_starts
         if learning:
             if updates == start:
                 bar.write("compiling, which takes a minute; Ctrl-C is answered after it")
-            a0 = act(args, True, state.theta, state.critics, obs, k_act, step)
+            n = args.act_samples
+            a0 = best_action(args, state.theta, state.critics, obs, n, k_act, step)
             batch = jax.device_put(replay.sample(rng, args.batch_size), split)
             with_policy = updates % args.policy_delay == 0
             state, metrics = update(args, with_policy, state, batch, k_update)
             updates, a0 = updates + 1, np.asarray(a0)
         else:
-            a0 = rng.uniform(-1, 1, (args.num_envs, len(envs.low))).astype(np.float32)
-        next_obs, reward, terminated, ended = envs.step(a0)
-        replay.add(obs, next_obs, a0, reward, terminated)  # an end by truncation bootstraps
-        step, returns, lengths = step + args.num_envs, returns + reward, lengths + 1
-        for i in np.flatnonzero(ended):
+            a0 = rng.uniform(-1, 1, envs.action_space.shape).astype(np.float32)
+        next_obs, reward, terminated, truncated, infos = envs.step(a0)
+        last_obs, returns, step = next_obs.copy(), returns + reward, step + args.num_envs
+        for i in np.flatnonzero(terminated | truncated):
+            last_obs[i] = infos["final_obs"][i]
             log.add_scalar("charts/episodic_return", returns[i], step)
-            log.add_scalar("charts/episodic_length", lengths[i], step)
-            returns[i] = lengths[i] = 0
-        checkpoint_due = step % args.checkpoint_every < args.num_envs
-
+            returns[i] = 0
+        replay.add(obs, last_obs, a0, reward, terminated)  # truncation bootstraps: not stored
+        obs = next_obs
         bar.update(args.num_envs)
-        if learning and updates - start == args.policy_delay:  # all is compiled: the clock starts
-            jax.block_until_ready(state)
+
+        if learning and updates - start == args.policy_delay:  # all is compiled
             bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
-            clock, logged = time.time(), step
-        elif learning and with_policy and (updates - 1) % (LOG_EVERY * args.policy_delay) == 0:
-            log_metrics(log, metrics, step)
-            rate, clock, logged = (step - logged) / (time.time() - clock), time.time(), step
-            log.add_scalar("charts/SPS", rate, step)
-            if sps is None:
-                hours = (args.total_timesteps - step) / rate / 3600
-                slow = devices[0].platform == "cpu" and args.num_samples * args.sampling_steps > 99
-                hint = f"; a tenth of the work: {FAST}" if slow else ""
-                bar.write(f"{rate:.0f} steps a second, {hours:.1f} hours left{hint}")
-            sps = rate
+            clock, clock_step = time.time(), step
+        elif clock and with_policy and (updates - 1) % (200 * args.policy_delay) == 0:
+            for name, value in metrics.items():  # reading one waits for the device
+                log.add_scalar(f"losses/{name}", float(value), step)
+                if not math.isfinite(value) or name.endswith("grad_norm") and value > 1e6:
+                    fail(f"diverged: {name} is {value:.3g} at step {step}", 1)
+            sps = (step - clock_step) / (time.time() - clock)
+            log.add_scalar("charts/SPS", sps, step)
+            hours = (args.total_timesteps - step) / sps / 3600
+            if not speed:
+                bar.write(f"{sps:.0f} steps a second, {hours:.1f} hours left{hint}")
+            speed = f", {sps:.0f} steps a second, {hours:.1f} hours left"
     bar.close()
     log.close()
     Path(replay.rows.filename).unlink()  # only a resumed run needs it
 
 
 def main():
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head ends quietly
     sys.path.append(os.getcwd())  # for --env-id module:Name-v0
     jax.config.update("jax_enable_x64", False)
     args, run_dir = parse_args()
-    if args.track and not find_spec("wandb"):
-        fail("--track needs Weights & Biases: pip install wandb")
-    if args.capture_video:
-        if sys.platform == "linux":
-            os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
-        try:
-            with contextlib.closing(make_env(args, film=True)) as env:
-                env.reset(seed=EVAL_SEED)
-                env.render()
-        except Exception as error:
-            fail(f"--capture-video: {type(error).__name__}: {error}")
-    stop, step = watch_signals(), 0
+    if args.capture_video and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
+    stop, step = [], 0
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: stop.append(signum))
+    film = bool(args.evaluate and args.capture_video)
     num_envs = args.eval_episodes if args.evaluate else args.num_envs
-    with contextlib.closing(Envs(args, num_envs, bool(args.evaluate))) as envs:
+    with contextlib.closing(make_envs(args, num_envs, film)) as envs:
+        spaces = envs.single_observation_space, envs.single_action_space
         k_init, *keys = jax.random.split(jax.random.key(args.seed), 4)
-        state = init_state(args, *envs.obs_shape, *envs.low.shape, k_init)
-        if args.evaluate:
-            unused = ("theta_old", "critics_target", "theta_opt", "critics_opt", "log_lam")
+        state = init_state(args, *(space.shape[0] for space in spaces), k_init)
+        if args.evaluate:  # a checkpoint may lack what only training needs
+            unused = "theta_old", "critics_target", "theta_opt", "critics_opt", "log_lam"
             state = state._replace(**dict.fromkeys(unused))
         if run_dir:
             state, step = load(run_dir / "checkpoint.npz", state)
         if not args.evaluate:
-            run_dir = run_dir or create_run_dir(args)
-            return train(args, run_dir, envs, state, keys, step, stop)
-        film = run_dir / "videos" / "evaluate.mp4"
-        rows = evaluate(args, envs, state, keys[2], step, film, stop)
-        if stop:
-            sys.exit(128 + stop[0])
-        write_rows(run_dir / "evaluate.csv", rows)
-        print(f"step {step}: {summary(rows)}; {run_dir / 'evaluate.csv'}")
-        if film.exists():
-            print(f"film {film}")
+            return train(args, run_dir or create_run_dir(args), envs, state, keys, step, stop)
+        rows = evaluate(args, envs, state, keys[2], step, run_dir, stop)
+    (run_dir / "evaluate.csv").unlink(missing_ok=True)
+    print(write_rows(run_dir / "evaluate.csv", rows))
 
 
 if __name__ == "__main__":

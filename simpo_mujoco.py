@@ -377,10 +377,6 @@ def update(args, with_policy, state, batch, key):
 # ---- environments and replay -------------------------------------------------------------------
 
 
-def simulation_time(env):
-    return env.unwrapped.data.time if hasattr(env.unwrapped, "mujoco_renderer") else 0.0
-
-
 class Checked(gym.Wrapper):
     """Takes actions in [-1, 1] and returns fresh float32 arrays, for an environment may reuse its
     own. A simulation that blew up, which MuJoCo starts again without a word, is truncated: its last
@@ -389,6 +385,7 @@ class Checked(gym.Wrapper):
     def __init__(self, env, index):
         super().__init__(env)
         obs, act, self.index, self.steps = env.observation_space, env.action_space, index, 0
+        self.data = env.unwrapped.data if hasattr(env.unwrapped, "mujoco_renderer") else None
         flat = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (obs, act))
         # dm_control's bound of an actuator without limits is 1e10
         if not (flat and act.dtype.kind == "f" and act.shape[0] and np.abs(act.high).max() < 1e10):
@@ -411,11 +408,12 @@ class Checked(gym.Wrapper):
         return self.obs, {}
 
     def step(self, a0):
-        self.steps, space, before = self.steps + 1, self.env.action_space, simulation_time(self.env)
+        self.steps, space = self.steps + 1, self.env.action_space
         a0 = self.read("action", a0, space.shape).astype(space.dtype)
         action = np.clip(space.low + (a0 + 1) / 2 * (space.high - space.low), space.low, space.high)
+        before = self.data.time if self.data else None
         obs, reward, terminated, truncated, _ = self.env.step(action)
-        if 0 < simulation_time(self.env) <= before:
+        if self.data and self.data.time <= before:
             print("warning: episode cut off: the simulation is unstable", file=sys.stderr)
             return self.obs, 0.0, False, True, {}
         self.obs = self.read("observation", obs, self.observation_space.shape)
@@ -424,18 +422,19 @@ class Checked(gym.Wrapper):
 
 
 def make_env(args, index, film):
-    kwargs = {"render_mode": "rgb_array"} if film else {}
-    env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
-    if film and hasattr(env.unwrapped, "mujoco_renderer"):  # 20 times faster where there is no GPU
+    env = gym.make(args.env_id, disable_env_checker=True, **film)
+    if film and hasattr(env.unwrapped, "mujoco_renderer"):  # without shadows, 20 times faster
         model = env.unwrapped.model
         model.vis.quality.shadowsize = model.vis.quality.offsamples = model.mat_reflectance[:] = 0
     return Checked(env, index)
 
 
-def make_envs(args, num_envs, film=False):
-    """Environments stepped in turn, the first one to be filmed. A step that ends an episode returns
-    the next one's first observation; its own last one is in infos["final_obs"]."""
-    thunks = [functools.partial(make_env, args, i, film and i == 0) for i in range(num_envs)]
+def make_envs(args, evaluation=False):
+    """Environments stepped in turn, to train or evaluate. A step that ends an episode returns the
+    next one's first observation; its own last one is in infos["final_obs"]."""
+    film = {"render_mode": "rgb_array"} if evaluation and args.capture_video else {}
+    count = args.eval_episodes if evaluation else args.num_envs
+    thunks = [functools.partial(make_env, args, i, film if i == 0 else {}) for i in range(count)]
     try:
         return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
@@ -556,8 +555,8 @@ def parse_args():
     except (OSError, TypeError, ValueError) as error:
         fail(f"{folder} is no run folder: {error}")
     args = tyro.cli(Args, default=saved)
-    free = "resume evaluate capture_video track eval_every eval_episodes checkpoint_every".split()
-    for name, value in vars(saved).items():
+    free = "resume capture_video track eval_every eval_episodes checkpoint_every".split()
+    for name, value in vars(saved).items() if args.resume else ():
         if getattr(args, name) != value and name not in free:
             fail(f"--{name.replace('_', '-')} must stay {value}: the run and its schedules need it")
     if not os.access(folder, os.W_OK):
@@ -593,8 +592,8 @@ def train(args, run_dir, envs, state, keys, step, stop):
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     split = NamedSharding(mesh, PartitionSpec("batch"))
     print(f"run folder {run_dir}, on {count} x {devices[0].device_kind}", flush=True)
-    width = 2 * envs.single_observation_space.shape[0] + envs.single_action_space.shape[0] + 2
-    replay = Replay(args, run_dir / "replay.dat", width, step)
+    (o,), (d,) = envs.single_observation_space.shape, envs.single_action_space.shape
+    replay = Replay(args, run_dir / "replay.dat", 2 * o + d + 2, step)
     if args.track:
         import wandb
 
@@ -619,8 +618,7 @@ def train(args, run_dir, envs, state, keys, step, stop):
             if stop:
                 sys.exit(128 + stop[0])
             if evaluation_due:
-                film = args.capture_video
-                with contextlib.closing(make_envs(args, args.eval_episodes, film)) as others:
+                with contextlib.closing(make_envs(args, evaluation=True)) as others:
                     rows = evaluate(args, others, state, k_eval, step, run_dir, stop)
                 bar.write(write_rows(evals, rows) + speed)
                 log.add_scalar("charts/eval_return", rows[:, 2].mean(), step)
@@ -662,10 +660,10 @@ def train(args, run_dir, envs, state, keys, step, stop):
                     fail(f"diverged: {name} is {value:.3g} at step {step}", 1)
             sps = (step - clock_step) / (time.time() - clock)
             log.add_scalar("charts/SPS", sps, step)
-            hours = (args.total_timesteps - step) / sps / 3600
-            if not speed:
-                bar.write(f"{sps:.0f} steps a second, {hours:.1f} hours left{hint}")
+            hours, first_time = (args.total_timesteps - step) / sps / 3600, not speed
             speed = f", {sps:.0f} steps a second, {hours:.1f} hours left"
+            if first_time:
+                bar.write(f"step {step}{speed}{hint}")
     bar.close()
     log.close()
     Path(replay.rows.filename).unlink()  # only a resumed run needs it
@@ -682,12 +680,10 @@ def main():
     stop, step = [], 0
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, _: stop.append(signum))
-    film = bool(args.evaluate and args.capture_video)
-    num_envs = args.eval_episodes if args.evaluate else args.num_envs
-    with contextlib.closing(make_envs(args, num_envs, film)) as envs:
-        spaces = envs.single_observation_space, envs.single_action_space
+    with contextlib.closing(make_envs(args, evaluation=bool(args.evaluate))) as envs:
         k_init, *keys = jax.random.split(jax.random.key(args.seed), 4)
-        state = init_state(args, *(space.shape[0] for space in spaces), k_init)
+        (o,), (d,) = envs.single_observation_space.shape, envs.single_action_space.shape
+        state = init_state(args, o, d, k_init)
         if args.evaluate:  # a checkpoint may lack what only training needs
             unused = "theta_old", "critics_target", "theta_opt", "critics_opt", "log_lam"
             state = state._replace(**dict.fromkeys(unused))

@@ -351,8 +351,8 @@ def draw_curves(path, curves, starts):
             mean, se = regret.mean(axis=1), standard_error(regret)
             right.plot(mean, color=colour, label=label)
             right.fill_between(range(len(mean)), mean - se, mean + se, color=colour, alpha=0.25)
-        title = f"expected simple regret, {regret.shape[1]} seeds, +- standard error"
-        right.set(xlabel="epoch", ylabel="max R - E R", ylim=(0, None), title=title)
+        title = f"{regret.shape[1]} seeds, +- standard error" if regret.shape[1] > 1 else "one seed"
+        right.set(xlabel="epoch", ylabel="regret max R - E R", ylim=(0, None), title=title)
     handles = [x for axis in axes[0] for x in axis.get_legend_handles_labels()[0]]
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     for suffix in (".png", ".pdf"):

@@ -4,42 +4,76 @@ Paper: SiMPO, arXiv 2603.10250; nu is Appendix E, lam is Appendix G. Copy this f
 Legend: N samples of one state (the last axis), any leading batch shape, y = (q - nu) / lam.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
-LAM_MIN, LAM_MAX = 1e-4, 1e4  # reward units; keeps q / lam finite when all samples have one value
+LAM_SHARE = 1e-3  # smallest lam, as a share of the standard deviation of q over N,
+LAM_MIN = 1e-12  # and in reward units, where that is 0: (q / lam)^2 is finite for q within 1e4
 
 
 def solve_nu(q, lam, power=1, neg_clip=0.0):
     """Normaliser nu(s) of the power weights: mean_i max(sign(y_i) |y_i|^power, neg_clip) = 1.
 
     q [..., N] and lam > 0 in reward units, lam a scalar or [..., 1]; power > 0 is a Python number,
-    neg_clip <= 0 one or a scalar array. Returns nu [..., 1], float32. Power 1, and power 2 with the
-    number 0 as neg_clip, are exact; any other case goes through `solve_nu_for`. nu can be no finer
-    than float32 at the size of q: where lam is much smaller than |q|, shift q first (nu moves
-    along), as `weights` does.
-    Source: App. E, eqs. (24) and (28); for the clip: max(y, l) = l + relu(y - l), so eq. (11) is
-    the problem of mass N (1 - l), and nu moves by -lam l.
+    neg_clip <= 0 one or a scalar array. Returns nu [..., 1], float32, differentiable. Closed forms,
+    eqs. (24) and (28), serve power 1 and, without a clip, 2. nu is as fine as float32 at the size
+    of q: where lam is much smaller, shift q first (nu moves along). Source: App. E.
     """
-    q, lam = jnp.asarray(q, jnp.float32), jnp.asarray(lam, jnp.float32)
-    lam = jnp.broadcast_to(lam, (*q.shape[:-1], 1))
+
+    def g(y):
+        return jnp.maximum(jnp.sign(y) * jnp.abs(y) ** power, neg_clip)
+
     if power == 1:
-        return _solve_nu_linear(q, lam, 1.0 - neg_clip) - lam * neg_clip
+        return _implicit(_solve_nu_linear, q, lam, g, neg_clip)
     if power == 2 and not isinstance(neg_clip, jax.Array) and neg_clip == 0:
-        return _solve_nu_square(q, lam)
-    return solve_nu_for(q, lam, lambda y: jnp.maximum(jnp.sign(y) * jnp.abs(y) ** power, neg_clip))
+        return _implicit(_solve_nu_square, q, lam, g)
+    return solve_nu_for(q, lam, g)
 
 
 def solve_nu_for(q, lam, g):
     """Normaliser nu(s) of any weighting: mean_i g((q_i - nu) / lam) = 1.
 
-    q [..., N] and lam > 0 in reward units, lam a scalar or [..., 1]; g is elementwise and
-    non-decreasing and must pass 1, else nu is not finite. Returns nu [..., 1], float32.
-    Source: eq. (9). Bisection over the ordered bit patterns of float32: 32 halvings visit every
-    magnitude, so no bracket is needed and u = (max q - nu) / lam is exact to one rounding.
+    q and lam as in `solve_nu`; g is elementwise, non-decreasing and passes 1, else nu is infinite.
+    Returns nu [..., 1], float32, differentiable, also in what g closes over. Source: eq. (9).
     """
+    return _implicit(_bisect_nu, q, lam, g, g)
+
+
+def update_lam(log_lam, q, eps_kl, lr=0.05):
+    """One descent step on the dual of lam, eq. (30), averaged over states.
+
+    log_lam scalar; q [..., N] in reward units; eps_kl < log N in nats. Returns the new log_lam and
+    the mean KL(softmax(q / lam) || uniform) in nats, which is eps_kl at the optimum.
+    Source: App. G, d/dlam = eps_kl + H(p) - log N = eps_kl - KL. The step is taken on log lam,
+    without the chain rule's factor lam: same optimum at any scale of q. Keep lr eps_kl below 0.5.
+    """
+    q = jnp.asarray(q, jnp.float32)
+    q = q - jnp.max(q, axis=-1, keepdims=True)
+    log_p = jax.nn.log_softmax(q / jnp.exp(log_lam), axis=-1)
+    kl = jnp.mean(math.log(q.shape[-1]) + jnp.sum(jnp.exp(log_p) * log_p, axis=-1))
+    # where all samples have one value KL is 0 and lam would fall for ever
+    lam_min = jnp.maximum(LAM_SHARE * jnp.mean(jnp.std(q, axis=-1)), LAM_MIN)
+    return jnp.maximum(log_lam - lr * (eps_kl - kl), jnp.log(lam_min)), kl
+
+
+def _implicit(solve, q, lam, g, *args):
+    """nu = solve(q, lam [..., 1], *args), differentiated as the implicit function of eq. (9):
+    dnu/dq_i = g'(y_i) / sum_j g'(y_j) and dnu/dlam = -sum_j g'(y_j) y_j / sum_j g'(y_j)."""
     q, lam = jnp.asarray(q, jnp.float32), jnp.asarray(lam, jnp.float32)
     lam = jnp.broadcast_to(lam, (*q.shape[:-1], 1))
+    return jax.lax.custom_root(
+        lambda nu: jnp.mean(g((q - nu) / lam), axis=-1, keepdims=True, dtype=jnp.float32) - 1,
+        q[..., :1],  # ignored: no initial guess is needed
+        lambda *_: solve(q, lam, *args).astype(jnp.float32),
+        lambda slope, x: x / slope(jnp.ones_like(x)),  # each state has its own nu: a diagonal
+    )
+
+
+def _bisect_nu(q, lam, g):
+    """Bisection over the ordered bit patterns of float32: 32 halvings visit every magnitude, so
+    that no bracket is needed and u = (max q - nu) / lam is exact to one rounding."""
     q_max = jnp.max(q, axis=-1, keepdims=True)
     y = (q - q_max) / lam
 
@@ -54,22 +88,6 @@ def solve_nu_for(q, lam, g):
     return q_max - lam * _float_at(hi)
 
 
-def update_lam(log_lam, q, eps_kl, lr=0.05):
-    """One descent step on the dual of lam, eq. (30), averaged over states.
-
-    log_lam scalar; q [..., N] in reward units; eps_kl < log N in nats. Returns the new log_lam and
-    the mean KL(softmax(q / lam) || uniform) in nats, which is eps_kl at the optimum.
-    Source: App. G, d/dlam = eps_kl + H(p) - log N = eps_kl - KL. The step is taken on log lam and
-    leaves out the chain rule's factor lam: same sign and optimum, whatever the scale of q. There
-    KL falls by about 2 eps_kl for each unit of log lam, so lr eps_kl must stay well below 1.
-    """
-    q = (q - jnp.max(q, axis=-1, keepdims=True)) / jnp.exp(log_lam)
-    log_p = jax.nn.log_softmax(q, axis=-1)
-    kl = jnp.mean(jnp.log(q.shape[-1]) + jnp.sum(jnp.exp(log_p) * log_p, axis=-1))
-    log_lam = log_lam - lr * (eps_kl - kl)
-    return jnp.clip(log_lam, jnp.log(LAM_MIN), jnp.log(LAM_MAX)), kl
-
-
 # Both closed forms sort q downwards and work with the gaps between neighbours, in units of lam.
 # With y measured from the k-th sample, A_k = sum_{j<=k} (y_j - y_k), E_k = sum_{j<=k} (y_j - y_k)^2
 # are sums of positive terms, so float32 loses nothing to cancellation, however large q is.
@@ -82,14 +100,15 @@ def _sorted_gaps(q, lam):
     return q, gaps, jnp.broadcast_to(jnp.arange(q.shape[-1], dtype=jnp.float32), q.shape)
 
 
-def _solve_nu_linear(q, lam, mean_weight):
-    """mean_i relu(y_i) = mean_weight: the largest k with A_k < N mean_weight, eq. (25)."""
+def _solve_nu_linear(q, lam, neg_clip):
+    """mean_i max(y_i, l) = 1: since max(y, l) = l + relu(y - l), the problem without a clip for a
+    mass of N (1 - l), moved by -lam l. The largest k with A_k < N (1 - l), eq. (25)."""
     q, gaps, before = _sorted_gaps(q, lam)
-    mass = q.shape[-1] * mean_weight
+    mass = q.shape[-1] * (1.0 - neg_clip)
     excess = jnp.cumsum(before * gaps, axis=-1)  # A_{k+1} = A_k + k d_k
     k = jnp.sum(excess < mass, axis=-1, keepdims=True)  # >= 1, since A_1 = 0
     q_k, excess_k = (jnp.take_along_axis(x, k - 1, axis=-1) for x in (q, excess))
-    return q_k - lam * (mass - excess_k) / k
+    return q_k - lam * (mass - excess_k) / k - lam * neg_clip
 
 
 def _solve_nu_square(q, lam):

@@ -74,9 +74,7 @@ class Args:
     old_policy_every: int = 250  # updates between two copies of the policy to the sampled one
     target_samples: int = 4  # M: the critics' target takes the best of M next actions
     act_samples: int = 8  # the action taken is the best of so many; an evaluation's, of N
-    sample_noise: float = (
-        0.2  # std of Gaussian noise on the weighted samples, in half action ranges
-    )
+    sample_noise: float = 0.2  # std of Gaussian noise on the weighted samples, which are in [-1, 1]
     error_bound: float = 5.0  # on the squared error of an action dimension; ends a repulsion
     weight_by: Literal["mean", "min"] = "mean"  # of both critics, the value that weights a sample
     # optimisation
@@ -363,8 +361,8 @@ def update(args, with_policy, state, batch, key):
     k_target, k_policy = jax.random.split(jax.random.fold_in(key, state.step))
 
     # critics: to r + gamma Q(the best of M next actions)
-    m = args.target_samples
-    next_act = best_action(args, state.theta, state.critics, next_obs, m, k_target, 0)
+    theta, m = state.theta, args.target_samples
+    next_act = best_action(args, theta, state.critics, next_obs, m, k_target, 0)
     next_q = q_values(state.critics_target, next_obs, next_act[:, None]).min(axis=0)
     target = (args.reward_scale * reward + args.gamma * (1 - terminated) * next_q)[:, 0]
     loss_and_grad = jax.value_and_grad(critic_loss, has_aux=True)
@@ -516,7 +514,8 @@ class Replay:
                 with path.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, self.rows.nbytes)
         except OSError as error:
-            fail(f"no replay of {rows * width * 4e-9:.2f} GB in {path}: {error.strerror}")
+            size = f"{rows * width * 4e-9:.2f} GB, which a complete run no longer has"
+            fail(f"no replay {path} of {size}: {error.strerror}")
         self.limit, self.written = args.buffer_size, written
 
     def add(self, *columns):
@@ -548,7 +547,8 @@ def evaluate(args, envs, state, key, step, run_dir, stop):
         except Exception as error:  # of a driver, an encoder, a full disk
             if t == 0 and (step == 0 or args.evaluate):  # before any training
                 fail(f"--capture-video: {type(error).__name__}: {error}")
-            film = print(f"warning: no film: {error}", file=sys.stderr)
+            print(f"warning: no film: {error}", file=sys.stderr)
+            film = None
         a0 = best_action(args, state.theta, state.critics, obs, args.num_samples, key, t)
         obs, reward, terminated, truncated, _ = envs.step(np.asarray(a0))
         returns, lengths = returns + reward * running, lengths + running
@@ -589,7 +589,7 @@ def load(path, template):
             arrays, step = [file[name] for name in named_leaves(template)], int(file["env_step"])
         if [x.shape for x in arrays] != [x.shape for x in jax.tree.leaves(template)]:
             raise ValueError("its networks have other sizes")
-        return jax.tree.unflatten(jax.tree.structure(template), arrays), step
+        return jax.device_put(jax.tree.unflatten(jax.tree.structure(template), arrays)), step
     except Exception as error:  # a damaged file can raise anything
         fail(f"no usable checkpoint in {path}: {error}")
 
@@ -692,8 +692,8 @@ def train(args, run_dir, envs, state, keys, step, stop):
         if learning:
             if updates == start:
                 bar.write("compiling, which takes a minute; Ctrl-C is answered after it")
-            n = args.act_samples
-            a0 = best_action(args, state.theta, state.critics, obs, n, k_act, step)
+            n, critics = args.act_samples, state.critics
+            a0 = best_action(args, state.theta, critics, obs, n, k_act, step)
             batch = jax.device_put(replay.sample(rng, args.batch_size), split)
             with_policy = updates % args.policy_delay == 0
             state, metrics = update(args, with_policy, state, batch, k_update)

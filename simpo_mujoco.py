@@ -389,8 +389,6 @@ class Checked(gym.Wrapper):
         if not (flat and act.dtype.kind == "f" and act.shape[0] and np.abs(act.high).max() < 1e10):
             rule = "observations and actions must be flat and real, actions bounded"
             fail(f"{rule}, not {obs}, {act}; see gymnasium.wrappers.FlattenObservation")
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape)
-        self.action_space = gym.spaces.Box(-1, 1, act.shape)
 
     def read(self, name, value, shape):
         with np.errstate(over="ignore"):
@@ -505,10 +503,11 @@ def evaluate(args, envs, state, key, step, run_dir, stop):
 
 
 def write_rows(path, rows):
-    """Adds an evaluation to a CSV file -> its summary."""
-    header = "" if path.exists() else "step,episode,return,length"
-    with path.open("a") as file:
-        np.savetxt(file, rows, "%d,%d,%.6f,%d", header=header, comments="")
+    """Adds an evaluation to a CSV file, in the place of rows from its step on -> its summary."""
+    old = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2) if path.exists() else rows[:0]
+    both, header = np.concatenate([old[old[:, 0] < rows[0, 0]], rows]), "step,episode,return,length"
+    np.savetxt(path.with_suffix(".tmp"), both, "%d,%d,%.6f,%d", header=header, comments="")
+    path.with_suffix(".tmp").replace(path)
     return f"step {rows[0, 0]:.0f}: return {rows[:, 2].mean():.1f} +- {rows[:, 2].std():.1f}"
 
 
@@ -603,10 +602,6 @@ def train(args, run_dir, envs, state, keys, step, stop):
     hint = f"; the fast setting is {FAST}" if devices[0].platform == "cpu" else ""
     if getattr(envs.envs[0].spec, "max_episode_steps", 0) is None:
         print(f"no time limit: an episode of an evaluation ends after {EPISODE_LIMIT} steps")
-    if (evals := run_dir / "eval.csv").exists():  # rows after the checkpoint are made again
-        header, *rows = evals.read_text().splitlines(keepends=True)
-        rows = [row for row in rows if int(row.split(",")[0]) < step]
-        evals.write_text("".join([header, *rows]))
     bar, clock, speed, first = tqdm(disable=True), None, "", True
     start = updates = int(state.step)
     while True:
@@ -620,7 +615,7 @@ def train(args, run_dir, envs, state, keys, step, stop):
             if evaluation_due:
                 with contextlib.closing(make_envs(args, evaluation=True)) as others:
                     rows = evaluate(args, others, state, k_eval, step, run_dir, stop)
-                bar.write(write_rows(evals, rows) + speed)
+                bar.write(write_rows(run_dir / "eval.csv", rows) + speed)
                 log.add_scalar("charts/eval_return", rows[:, 2].mean(), step)
             if done:
                 break
@@ -692,7 +687,6 @@ def main():
         if not args.evaluate:
             return train(args, run_dir or create_run_dir(args), envs, state, keys, step, stop)
         rows = evaluate(args, envs, state, keys[2], step, run_dir, stop)
-    (run_dir / "evaluate.csv").unlink(missing_ok=True)
     print(write_rows(run_dir / "evaluate.csv", rows))
 
 

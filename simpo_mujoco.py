@@ -311,7 +311,7 @@ def best_action(args, theta, critics, obs, num_samples, key, step):
 
 def critic_loss(critics, obs, act, target):
     q = q_values(critics, obs, act[:, None])[..., 0]  # [2, B]
-    return jnp.mean((q - target) ** 2, axis=-1).sum(), q
+    return jnp.mean((q - target[None]) ** 2, axis=-1).sum(), q
 
 
 def matching_loss(theta, args, obs, a0, w, key):
@@ -392,8 +392,8 @@ class Checked(gym.Wrapper):
         obs, act, self.index, self.steps = env.observation_space, env.action_space, index, 0
         self.data = env.unwrapped.data if hasattr(env.unwrapped, "mujoco_renderer") else None
         flat = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (obs, act))
-        # dm_control's bound of an actuator without limits is 1e10
-        if not (flat and act.dtype.kind == "f" and act.shape[0] and np.abs(act.high).max() < 1e10):
+        bound = np.abs([act.low, act.high]).max(initial=0) if flat else np.inf  # dm_control's: 1e10
+        if not (act.dtype.kind == "f" and act.shape[0] and bound < 1e10):
             rule = "observations and actions must be flat and real, actions bounded"
             fail(f"{rule}, not {obs}, {act}; see gymnasium.wrappers.FlattenObservation")
 
@@ -694,7 +694,8 @@ def main():
         if not args.evaluate:
             return train(args, run_dir or create_run_dir(args), envs, state, keys, step, stop)
         rows = evaluate(args, envs, state, keys[2], step, run_dir, stop)
-    print(write_rows(run_dir / "evaluate.csv", rows))
+    film = f", {run_dir}/videos/step-{step}.mp4" if args.capture_video else ""
+    print(write_rows(run_dir / "evaluate.csv", rows) + film)
 
 
 if __name__ == "__main__":

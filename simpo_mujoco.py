@@ -393,7 +393,7 @@ class Checked(gym.Wrapper):
         self.data = env.unwrapped.data if hasattr(env.unwrapped, "mujoco_renderer") else None
         flat = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (obs, act))
         bound = np.abs([act.low, act.high]).max(initial=0) if flat else np.inf  # dm_control's: 1e10
-        if not (act.dtype.kind == "f" and act.shape[0] and bound < 1e10):
+        if not (flat and act.dtype.kind == "f" and act.shape[0] and bound < 1e10):
             rule = "observations and actions must be flat and real, actions bounded"
             fail(f"{rule}, not {obs}, {act}; see gymnasium.wrappers.FlattenObservation")
 

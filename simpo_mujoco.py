@@ -454,7 +454,7 @@ class Replay:
     twice that, so that a resumed run finds every row it may still sample."""
 
     def __init__(self, args, path, width, written):
-        rows = min(2 * args.buffer_size, args.total_timesteps + args.num_envs)
+        rows = min(2 * args.buffer_size, args.total_timesteps) + args.num_envs
         try:
             self.rows = np.memmap(path, np.float32, "r+" if written else "w+", shape=(rows, width))
             if hasattr(os, "posix_fallocate"):  # a disk too full is known now, not in hours

@@ -24,6 +24,14 @@ FIXTURES = Path(__file__).resolve().parent / "fixtures" / "dna"
 GENERATORS = [("pretrained", "raw"), ("pretrained", "ema"), ("finetuned", "raw")]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    """Most of the time of this file is compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def fixture(name):
     with np.load(FIXTURES / f"{name}.npz") as file:
         return dict(file)
@@ -57,28 +65,29 @@ def test_a_fresh_generator_at_full_size_is_that_of_drakes():
     assert shapes[0] == shapes[1]
     weights = [w for name, w in named_leaves(fresh).items() if "'w'" in name and "norm" not in name]
     assert len(weights) == 23 and len({float(w.ravel()[0]) for w in weights}) == 23  # own keys
-    theta = simpo_dna.init_generator(jax.random.key(0), 128, 20)
+    key = jax.random.key(0)
+    theta = jax.eval_shape(lambda: simpo_dna.init_generator(key, 128, 20))
     # without the time embedder, and a bias in place of each time layer's matrix and bias
     embedder = 64 + 128 * 128 + 128
     count = sum(x.size for x in jax.tree.leaves(theta))
     assert count + embedder + 20 * 128 * 128 == 3_326_661
-    std = float(theta["layers"][3]["conv"]["w"].std())
-    assert abs(std * np.sqrt(9 * 128) - 1) < 0.05
+    std = float(fresh["layers"][3]["conv"]["w"].std())
+    assert abs(std * np.sqrt(9 * 6) - 1) < 0.15
 
 
-@pytest.mark.parametrize("layer", range(5))
-def test_dilations(layer):
-    """A layer of a 5-layer generator sees exactly 9 positions, its dilation apart."""
-    theta = simpo_dna.init_generator(jax.random.key(0), 8, 5)
-    dilation = (1, 1, 4, 16, 64)[layer]
-    for i, other in enumerate(theta["layers"]):
-        other["conv"]["w"] *= i == layer
-        other["conv"]["b"] += 5.0  # every unit is on
-    theta["first"]["w"] = theta["first"]["w"].at[np.arange(9) != 4].set(0)
+def test_dilations():
+    """Each layer of a 5-layer generator sees exactly 9 positions, its dilation apart."""
+    fresh, f = simpo_dna.init_generator(jax.random.key(0), 8, 5), jax.jit(simpo_dna.logits)
+    fresh["first"]["w"] = fresh["first"]["w"].at[np.arange(9) != 4].set(0)
     x = jnp.zeros((1, 700), jnp.int32)
-    change = simpo_dna.logits(theta, x.at[0, 350].set(1)) - simpo_dna.logits(theta, x)
-    changed = np.flatnonzero(np.abs(change[0]).max(axis=-1) > 1e-6)
-    assert set(changed) == {350 + dilation * i for i in range(-4, 5)}
+    for layer, dilation in enumerate((1, 1, 4, 16, 64)):
+        theta = jax.tree.map(jnp.copy, fresh)
+        for i, other in enumerate(theta["layers"]):
+            other["conv"]["w"] *= i == layer
+            other["conv"]["b"] += 5.0  # every unit is on
+        change = f(theta, x.at[0, 350].set(1)) - f(theta, x)
+        changed = np.flatnonzero(np.abs(change[0]).max(axis=-1) > 1e-6)
+        assert set(changed) == {350 + dilation * i for i in range(-4, 5)}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +121,7 @@ def test_position_features_agree_with_the_original():
     np.testing.assert_allclose(got[:, exact], want[:, exact], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("length", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("length", [1, 4])
 def test_short_convolution_is_the_convolution(length):
     k_w, k_b, k_x = jax.random.split(jax.random.key(0), 3)
     layer = {"w": jax.random.normal(k_w, (5, 3, 7)), "b": jax.random.normal(k_b, (7,))}

@@ -809,8 +809,10 @@ def run(args, run_dir):
         print(f"run folder  {run_dir}")
         print(f"device      {split.num_devices} x {jax.devices()[0].device_kind}", flush=True)
     if args.track and lead:
-        import wandb
-
+        try:
+            import wandb
+        except ImportError:
+            raise UsageError("--track needs Weights & Biases: pip install wandb") from None
         wandb.init(project="simpo", name=run_dir.name, config=vars(args), sync_tensorboard=True)
     path = run_dir / "pretrained.npz"
     if path.exists():

@@ -228,7 +228,7 @@ def damaged(kind, path):
     save_arrays(path, tree, "generator", **meta)
     content = bytearray(path.read_bytes())
     if kind == "flipped":
-        content[content.index(b"first") + 200] ^= 255
+        content[content.index(b"['first']['w']") + 400] ^= 255  # in the numbers
     elif kind == "cut short":
         content = content[: len(content) // 2]
     path.write_bytes(content)

@@ -49,7 +49,7 @@ def test_generator_agrees_with_the_original(name, weights):
     """Also that the folded time bias of every fifth layer matters."""
     data, theta = fixture(name), generator(f"{name}.{weights}")
     x, want = jnp.asarray(data["x"], jnp.int32), data[weights]
-    np.testing.assert_allclose(jax.jit(simpo_dna.logits)(theta, x), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(simpo_dna.logits)(theta, x), want, rtol=1e-5, atol=2e-5)
     masked = want[data["x"] == 4]  # logits differ between positions that hold the same token
     assert len(masked) > 10 and np.all(masked.std(axis=0) > 0.05)
     for i in range(0, len(theta["layers"]), 5):

@@ -8,6 +8,11 @@ NAMES = {  # of the weightings in experiments.py and in results.py
     "square": "Square",
     "linear_neg": "Lin. Neg.",
     "square_neg": "Sqr. Neg.",
+    "ours": "Linear",  # programs of peers/peers.py
+    "ours-n8": "Linear, N = 8",
+    "dpmd": "DPMD, authors'",
+    "cleanrl-td3": "TD3, CleanRL",
+    "sbx-sac": "SAC, SBX",
 }
 COLOURS = {
     "Exp": "tab:green",
@@ -15,8 +20,12 @@ COLOURS = {
     "Square": "tab:purple",
     "Lin. Neg.": "tab:red",
     "Sqr. Neg.": "tab:orange",
+    "Linear, N = 8": "tab:cyan",
+    "DPMD, authors'": "0.25",
+    "TD3, CleanRL": "0.5",
+    "SAC, SBX": "0.7",
 }
-OTHERS = ("tab:cyan", "tab:brown", "tab:pink", "tab:olive", "black")  # of what has no name here
+OTHERS = ("tab:brown", "tab:olive", "tab:pink", "black")  # of what has no name here
 TASKS = ("HalfCheetah-v4", "Humanoid-v4", "Ant-v4", "Walker2d-v4", "Hopper-v4", "Swimmer-v4")
 TABLE2 = {  # return after 1M steps on TASKS: mean and standard deviation over 5 seeds
     "TD3": "9820 1543 5263 47 4400 1196 3732 388 3387 302 88 25",

@@ -42,7 +42,7 @@ STYLES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # run folders and CSVs; others are passed over
     y: str = "return"  # column of eval.csv, or of run folders a TensorBoard tag, as losses/q
-    x: Literal["steps", "hours"] = "steps"  # hours of wall-clock, of run folders alone
+    x: Literal["steps", "hours"] = "steps"  # hours of wall-clock, of run folders or a column
     paper: bool = False  # add the paper's values and TD3's
     out: Path = Path("runs/plot")  # the figure without its suffix; .png and .pdf are written
 
@@ -84,13 +84,14 @@ def read_events(folder):
     return tags, np.array(seconds), np.array(steps)
 
 
-def means(rows, column):
-    """Rows of eval.csv -> steps [n], means [n] over the episodes of each."""
+def means(rows, column, x="step"):
+    """Rows of eval.csv -> x [n], means [n] over the episodes of each; empty cells are left out."""
     values = defaultdict(list)
     for row in rows:
-        if column not in row:
-            fail(f"--y {column} is none of {', '.join(row)}")
-        values[int(row["step"])].append(float(row[column]))
+        if not {column, x} <= row.keys():
+            fail(f"{column}, {x}: a column is none of {', '.join(row)}")
+        if row[column]:
+            values[float(row[x])].append(float(row[column]))
     return np.array(list(values)), np.array([np.mean(x) for x in values.values()])
 
 
@@ -117,16 +118,14 @@ def read_folder(args, folder):
 
 
 def read_csv(args, path):
-    if args.x == "hours" or "/" in args.y:
-        fail(f"{path} is no run folder, which --x hours and --y {args.y} need")
-    runs = defaultdict(list)
+    runs, x = defaultdict(list), args.x.removesuffix("s") if args.x == "steps" else args.x
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             if not {"task", "method", "seed", "step"} <= row.keys():
                 fail(f"{path} has no learning curves; results.py and run.py write such")
             runs[row["task"], row["method"], int(row["seed"])].append(row)
     return [
-        Run(task, NAMES.get(method, method), {}, seed, *means(rows, args.y))
+        Run(task, NAMES.get(method, method), {}, seed, *means(rows, args.y, x))
         for (task, method, seed), rows in runs.items()
     ]
 

@@ -1,6 +1,7 @@
 """simpo_mujoco.py beside other implementations: speed, and return against wall-clock, in one run.
 
-    python benchmark/peers.py --peers-dir PEERS --programs ours ours-fast dpmd cleanrl-td3 sbx-sac
+    python benchmark/peers/peers.py --peers-dir PEERS --out benchmark/peers/peers.csv \
+        --programs ours ours-n8 dpmd cleanrl-td3 sbx-sac
 
 Takes at most seeds x programs x --budget-seconds: 2.5 hours a seed with these five at the defaults.
 Each program is a script of its own in a Python of its own. They take turns of --slice-seconds on
@@ -12,10 +13,10 @@ step of five environments, TD3 and SAC one for each step of a single one; all us
 
 The task itself, peers_env.py, notes steps and returns, for all alike. `return` is the mean
 undiscounted return of the last --window training episodes that ended after the random steps, each
-program's exploration included: noise of 0.3 falling to 0.1 in ours, of 0.5, which it adapts, in
+program's exploration included: the best of eight samples in ours, noise of 0.5, which it adapts, in
 DPMD, of 0.1 in TD3, samples of the policy in SAC. Seconds run from the start of the program.
 Written, for --out FILE.csv:
-    FILE.csv        program, seed, step, active_seconds, return
+    FILE.csv        task, method (the program), seed, step, hours, return, for plot.py
     FILE_table.csv  a row for each program, medians over seeds; _ratio is to the first program
       step            last step; the run was cut off if it is below --steps
       steps_per_s     median over stretches of a slice, from 500 steps after the random ones on
@@ -24,10 +25,10 @@ Written, for --out FILE.csv:
       total_s, final_return   at the last step
       to_R, trained_R         seconds until `return` first reaches R; the same less setup_s
       python, ...     versions in that program's environment
-    FILE.png        return against own seconds, and against steps
 
-`bash benchmark/peers.sh PEERS` sets up the environments of the peers: the authors' DPMD, CleanRL's
-TD3 in JAX and SBX's SAC. A kill -9 of this script leaves the programs stopped; Ctrl-C ends them.
+`bash benchmark/peers/setup.sh PEERS` sets up the environments of the peers: the authors' DPMD,
+CleanRL's TD3 in JAX and SBX's SAC. A kill -9 of this script leaves the programs stopped; Ctrl-C
+ends them.
 """
 
 import contextlib
@@ -43,32 +44,32 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import tyro
-from experiments import FAST, MUJOCO, UsageError
+from experiments import FAST, MUJOCO
+from results import fail
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-HERE = Path(__file__).resolve().parent
+HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
 SETTLE, POINTS = 500, 200  # steps of training before the rate counts; rows of a whole curve
 # XLA ends a process whose threads wait for each other for 40 s, even if all of it was stopped.
 OURS = (
     "env XLA_FLAGS=--xla_cpu_collective_call_terminate_timeout_seconds=1000000 {python} "
     "{root}/simpo_mujoco.py --env-id {env} --seed {seed} --total-timesteps {steps} "
-    "--learning-starts {starts} --run-dir {dir}/run --eval-every 0 --eval-episodes 1"
+    "--learning-starts {starts} --run-dir {dir}/run --eval-every {steps} --eval-episodes 1"
 )
 PROGRAMS = {
     "ours": OURS,
-    "ours-fast": f"{OURS} {FAST[MUJOCO]}",
+    "ours-n8": f"{OURS} {FAST[MUJOCO]}",
     "dpmd": "env WANDB_MODE=disabled {peers}/dpmd/bin/python "
     "{peers}/dpmd-src/scripts/train_mujoco.py --alg dpmd --env {env} --seed {seed} "
     "--start_step {starts} --total_step {train}",
     "cleanrl-td3": "{peers}/cleanrl/bin/python "
     "{peers}/cleanrl-src/cleanrl/td3_continuous_action_jax.py --env-id {env} --seed {seed} "
     "--total-timesteps {steps} --learning-starts {starts}",
-    "sbx-sac": "{peers}/sbx/bin/python {root}/benchmark/peers_sbx.py {env} {seed} {steps} {starts}",
+    "sbx-sac": "{peers}/sbx/bin/python {root}/benchmark/peers/peers_sbx.py {env} {seed} {steps} "
+    "{starts}",
 }
 
 
@@ -77,7 +78,7 @@ PROGRAMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    programs: tuple[str, ...] = ("ours", "ours-fast")
+    programs: tuple[str, ...] = ("ours", "ours-n8")
     """names in PROGRAMS, or NAME=COMMAND; COMMAND may begin with a name to add flags to, else it
     holds {env}, {seed}, {steps}, {starts}, {train} (steps - starts), {dir}, where it runs, {python}
     of this script, {root} of this repository and {peers}"""
@@ -101,7 +102,7 @@ class Args:
     """returns R to reach"""
     run_dir: Path = Path("runs/peers")
     """folder for a folder {program}__{seed} of each run"""
-    out: Path = Path("benchmark/peers.csv")
+    out: Path = Path("runs/peers.csv")
     """CSV to write, see above"""
     report: bool = False
     """tabulate what --run-dir holds, as far as it got, and run nothing"""
@@ -118,7 +119,7 @@ class Args:
             (self.out.suffix == ".csv", "--out must end in .csv"),
         ):
             if not ok:
-                raise UsageError(rule)
+                fail(rule)
 
 
 def commands(programs):
@@ -128,7 +129,7 @@ def commands(programs):
         name, _, command = program.partition("=")
         first, _, flags = (command or name).partition(" ")
         if not command and name not in PROGRAMS:
-            raise UsageError(f"--programs {name} is none of {', '.join(PROGRAMS)} nor NAME=COMMAND")
+            fail(f"--programs {name} is none of {', '.join(PROGRAMS)} nor NAME=COMMAND")
         table[name] = f"{PROGRAMS.get(first, first)} {flags}"
     return table
 
@@ -150,16 +151,16 @@ class Run:
 def create_run(args, name, template, seed):
     """Makes the run's folder and command; refuses a folder that is in use."""
     folder = args.run_dir.absolute() / f"{name}__{seed}"
-    values = {"python": sys.executable, "root": HERE.parent, "peers": args.peers_dir.absolute()}
+    values = {"python": sys.executable, "root": ROOT, "peers": args.peers_dir.absolute()}
     values |= {"env": "peers_env:Recorded-v0", "seed": seed, "dir": folder, "starts": args.starts}
     values |= {"steps": args.steps, "train": args.steps - args.starts}
     try:
         command = [part.format(**values) for part in shlex.split(template)]
     except (KeyError, IndexError, ValueError) as error:
-        raise UsageError(f"--programs {name}: bad command or placeholder {error}") from None
+        fail(f"--programs {name}: bad command or placeholder {error}")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty; remove it or choose another --run-dir")
+        fail(f"{folder} is not empty; remove it or choose another --run-dir")
     return Run(folder, command)
 
 
@@ -181,7 +182,7 @@ def send(run, *signals):
 
 
 def take_turn(args, run):
-    """One slice of a program; UsageError if it died before its last step."""
+    """One slice of a program; an error if it died before its last step."""
     start, code = time.monotonic(), None
     if run.process:
         send(run, signal.SIGCONT)
@@ -198,7 +199,7 @@ def take_turn(args, run):
     if code and step < args.steps:
         log = run.folder / "log.txt"
         last = log.read_text(errors="replace").strip().rpartition("\n")[2]
-        raise UsageError(f"{run.folder.name} died with {code}, see {log}: {last[:200]}")
+        fail(f"{run.folder.name} died with {code}, see {log}: {last[:200]}")
     run.done = code is not None or step >= args.steps or run.own >= args.budget_seconds - 0.1
     if run.done:
         print(f"{run.folder.name}: {step:.0f} steps in {run.own:.0f} s", flush=True)
@@ -274,7 +275,7 @@ def analyse(args, folder):
     now, step, total = read_log(folder)
     keep = step <= args.steps
     if not keep.any():
-        raise UsageError(f"{folder} holds no step: does its command pass {{env}} on?")
+        fail(f"{folder} holds no step: does its command pass {{env}} on?")
     slices = np.loadtxt(folder / "slices.csv", delimiter=",", ndmin=2)
     step, total, seconds = step[keep], total[keep], own_seconds(slices, now[keep])
     settled, rate = training_rate(args, step, seconds)
@@ -324,26 +325,8 @@ def write(path, rows):
         writer.writerows({name: text(value) for name, value in row.items()} for row in rows)
 
 
-def draw(args, curves):
-    """{(program, seed): curve} -> return against own seconds and against environment steps."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6), sharey=True)
-    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for name, _ in curves))}
-    for (name, seed), (step, seconds, returns) in ((run, x.T) for run, x in curves.items()):
-        label = name if seed == args.seeds[0] else None
-        left.plot(seconds, returns, color=colors[name], lw=1.3, label=label)
-        right.plot(step / 1000, returns, color=colors[name], lw=1.3)
-    left.set(xscale="log", xlabel="seconds of its own, from its start", ylabel="return")
-    right.set(xlabel="environment steps (thousands)")
-    left.legend(frameon=False, fontsize=8)
-    for axis in (left, right):
-        axis.set_title(args.env_id)
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(args.out.with_suffix(".png"), dpi=110)
-
-
 def report(args):
-    """Writes both CSVs and the picture and prints the table."""
+    """Writes both CSVs and prints the table."""
     curves, runs, versions = {}, {}, {}
     for name, seed in itertools.product(commands(args.programs), args.seeds):
         folder = args.run_dir / f"{name}__{seed}"
@@ -352,12 +335,14 @@ def report(args):
             runs.setdefault(name, []).append(values)
             versions[name] = json.loads((folder / "versions.json").read_text())
     if not runs:
-        raise UsageError(f"--run-dir {args.run_dir} has no run of --programs and --seeds")
-    table, columns = tabulate(runs), ("program", "seed", "step", "active_seconds", "return")
-    rows = [(*run, *map(float, point)) for run, curve in curves.items() for point in curve]
-    write(args.out, [dict(zip(columns, row, strict=True)) for row in rows])
+        fail(f"--run-dir {args.run_dir} has no run of --programs and --seeds")
+    table, rows = tabulate(runs), []
+    for (name, seed), curve in curves.items():
+        for step, seconds, value in curve:
+            row = {"task": args.env_id, "method": name, "seed": seed, "step": int(step)}
+            rows.append(row | {"hours": f"{seconds / 3600:.5f}", "return": value})
+    write(args.out, rows)
     write(args.out.with_stem(f"{args.out.stem}_table"), [x | versions[x["program"]] for x in table])
-    draw(args, curves)
     for row in [list(table[0]), *(map(text, row.values()) for row in table)]:
         print("| " + " | ".join(row) + " |")
 
@@ -374,9 +359,8 @@ def main():
         if not args.report:
             measure(args)
         report(args)
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        fail(error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0

@@ -1,6 +1,6 @@
 """SAC of SBX with its own settings, for peers.py; SBX is a library and ships no script.
 
-python benchmark/peers_sbx.py ENV_ID SEED STEPS LEARNING_STARTS
+python benchmark/peers/peers_sbx.py ENV_ID SEED STEPS LEARNING_STARTS
 """
 
 import sys

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The environments of peers.py in a folder: bash benchmark/peers.sh PEERS; needs Python 3.11 and a C
+# The environments of peers.py in a folder: bash benchmark/peers/setup.sh PEERS; needs Python 3.11 and a C
 # compiler. None of the peers' code is part of this repository; what is changed in a copy of it is
 # below. The peers use torch for replay buffers alone, so any build of it will do.
 set -euo pipefail

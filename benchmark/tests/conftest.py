@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "benchmark" / "peers")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 TINY = """

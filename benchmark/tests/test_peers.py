@@ -1,4 +1,4 @@
-"""benchmark/peers.py: its clock, its reading of the recorder's files, and bad input."""
+"""benchmark/peers/peers.py: its clock, its reading of the recorder's files, and bad input."""
 
 import subprocess
 import sys
@@ -6,10 +6,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmark"))
-
-import peers
+from peers import peers
 
 
 def test_a_program_is_charged_for_its_own_turns_alone():
@@ -48,7 +45,7 @@ def test_rate_leaves_the_start_out():
     ],
 )
 def test_bad_input_is_one_line(tmp_path, flags, mention):
-    command = [sys.executable, str(ROOT / "benchmark" / "peers.py"), *flags.split()]
+    command = [sys.executable, str(ROOT / "benchmark" / "peers" / "peers.py"), *flags.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
     assert done.stderr.count("\n") == 1 and mention in done.stderr

@@ -1,127 +1,94 @@
-"""How far samplers with few steps are from the default one, on trained policies.
+"""How far samplers with few steps are from the default one, on a trained policy.
 
-    python benchmark/sampler.py runs/fast/*ddpm-20-N32__1
+    python benchmark/mujoco/sampler.py runs/NAME --out benchmark/mujoco/sampler.csv
 
-Loads each run folder's policy, meets --states states with it in its task, draws --samples actions
-at each of them with every sampler, and prints and writes to a CSV (run, sampler, S, w1, w1_floor,
-w1_limit, spread, spread_ddpm20); half a minute a run. All are means over states and action
-dimensions, in half action ranges:
-    w1        Wasserstein-1 distance of the marginals to those of `ddpm` with S = T
-    w1_floor  the same between two draws of `ddpm` with S = T: what a perfect sampler would have
-    w1_limit  w1 to `dpm2` with S = T instead, the nearest to the exact flow of this network
-    spread    standard deviation of the samples; spread_ddpm20 that of `ddpm` with S = T
+Loads a run's checkpoint, meets --states states with its policy, draws --samples actions at each of
+them with every sampler, and prints and writes sampler, steps, w1, w1_floor, spread, all means over
+states and action dimensions, in half action ranges:
+    w1        Wasserstein-1 distance of the marginals to those of `ddpm` at all T levels
+    w1_floor  the same between two draws of that one: what a perfect sampler would have
+    spread    standard deviation of the samples
 """
 
+import argparse
 import csv
 import dataclasses
-import itertools
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
+import jax
+import numpy as np
 
-import simpo_mujoco as simpo  # noqa: E402
+import simpo_mujoco as simpo
 
 STEPS = (3, 4, 5, 6, 8, 10, 20)
 
 
-@dataclasses.dataclass(frozen=True)
-class Args:
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run folders of simpo_mujoco.py with a checkpoint"""
-    states: int = 64
-    """states to compare at"""
-    samples: int = 512
-    """actions of each state and sampler"""
-    out: Path = Path("benchmark/sampler.csv")
-    """the CSV to write"""
-
-
 def load(folder):
-    """-> args and State of a run's last checkpoint."""
-    try:
-        args = simpo.Args(**json.loads((folder / "args.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise simpo.UsageError(f"{folder} is not a run folder: {error}") from None
-    envs = simpo.make_envs(args, 1, 0)
-    sizes = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    template = simpo.init_state(args, *sizes, jax.random.key(0))
-    return args, simpo.load_checkpoint(folder / "checkpoint.npz", args, template)[0]
+    """-> args and State of a run, as for --evaluate."""
+    args = simpo.Args(**json.loads((folder / "args.json").read_text()))
+    envs = simpo.make_envs(args)
+    (o,), (d,) = envs.single_observation_space.shape, envs.single_action_space.shape
+    state = simpo.init_state(args, o, d, jax.random.key(0))
+    unused = "theta_old", "critics_target", "theta_opt", "critics_opt", "log_lam"
+    state = state._replace(**dict.fromkeys(unused))
+    return args, simpo.load(folder / "checkpoint.npz", state)[0]
 
 
 def visit(args, state, count, every=5):
     """`count` states [count, o] that the policy meets, every fifth step of ten environments."""
-    envs, found = simpo.make_envs(args, 10, simpo.EVAL_SEED), []
-    obs, _ = envs.reset()
+    envs, found = simpo.make_envs(dataclasses.replace(args, num_envs=10)), []
+    obs = simpo.reset_envs(envs, simpo.EVAL_SEED)
     for t in range(every * -(-count // 10)):
         if t % every == 0:
             found.append(obs)
-        key = jax.random.key(1)
-        a0 = simpo.act(args, False, state, obs.astype(np.float32), key, np.int32(t))
-        obs = envs.step(simpo.scale_action(envs, np.asarray(a0)))[0]
-    return np.concatenate(found)[:count].astype(np.float32)
+        key, n = jax.random.key(1), args.num_samples
+        a0 = simpo.best_action(args, state.theta, state.critics, obs, n, key, t)
+        obs = envs.step(np.asarray(a0))[0]
+    return np.concatenate(found)[:count]
 
 
 def draw(args, state, obs, samples, sampler, steps, seed):
     """Sorted samples [states, samples, d] of one sampler."""
-    args = dataclasses.replace(args, sampler=sampler, sampling_steps=steps, num_samples=samples)
-    a0 = jax.jit(simpo.sample_actions, static_argnums=0)(
-        args, state.theta, obs, jax.random.key(seed)
+    args = dataclasses.replace(args, sampler=sampler, sampling_steps=steps)
+    a0 = jax.jit(simpo.sample_actions, static_argnums=(0, 3))(
+        args, state.theta, obs, samples, jax.random.key(seed)
     )
     return np.sort(np.asarray(a0, np.float64), axis=1)
 
 
-def compare(args, folder):
-    """Rows of the CSV of one run."""
-    run_args, state = load(folder)
-    obs, levels = visit(run_args, state, args.states), run_args.diffusion_steps
-    reference, again, limit = (
-        draw(run_args, state, obs, args.samples, sampler, levels, seed)
-        for sampler, seed in (("ddpm", 1), ("ddpm", 2), ("dpm2", 3))
-    )
-    distance = lambda a, b: np.abs(a - b).mean()  # noqa: E731  W1 of equal samples, sorted
-    for sampler in ("ddpm", "ddim", "dpm2"):
+def compare(folder, states, samples):
+    """Rows of the CSV."""
+    args, state = load(folder)
+    obs, levels = visit(args, state, states), args.diffusion_steps
+    reference, again = (draw(args, state, obs, samples, "ddpm", levels, seed) for seed in (1, 2))
+    for sampler in ("ddpm", "dpm2"):
         for steps in (s for s in STEPS if s <= levels):
-            a0 = draw(run_args, state, obs, args.samples, sampler, steps, 4)
-            yield {
-                "run": folder.name,
-                "sampler": sampler,
-                "S": steps,
-                "w1": distance(a0, reference),
-                "w1_floor": distance(again, reference),
-                "w1_limit": distance(a0, limit),
-                "spread": a0.std(axis=1).mean(),
-                "spread_ddpm20": reference.std(axis=1).mean(),
-            }
-
-
-def write(args):
-    """Compares at every run, before the CSV is touched for the first."""
-    rows = (row for folder in args.runs for row in compare(args, folder))
-    first = next(rows)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, first, lineterminator="\n")
-        writer.writeheader()
-        for row in itertools.chain([first], rows):
-            row = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow(row)
-            print(*row.values(), flush=True)
+            a0 = draw(args, state, obs, samples, sampler, steps, 3)
+            distances = [np.abs(x - reference).mean() for x in (a0, again)]  # W1: both are sorted
+            numbers = (*distances, a0.std(axis=1).mean())
+            yield sampler, steps, *(f"{x:.4f}" for x in numbers)
 
 
 def main():
-    """Writes the CSV; returns the exit code."""
-    try:
-        write(tyro.cli(Args))
-    except (simpo.UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder of simpo_mujoco.py")
+    parser.add_argument("--states", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--out", default="sampler.csv", help="the CSV to write")
+    args = parser.parse_args()
+    rows = [("sampler", "steps", "w1", "w1_floor", "spread")]
+    for row in compare(args.run, args.states, args.samples):
+        print("{:8} {:5} {:>8} {:>8} {:>8}".format(*row), flush=True)
+        rows.append(row)
+    with open(args.out, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

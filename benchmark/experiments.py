@@ -1,11 +1,13 @@
 """The paper's tables and figures as runs of the public scripts; run.py starts them."""
 
 import dataclasses
+import itertools
 import math
 import re
 import shlex
 from typing import NamedTuple
 
+from paper import TASKS
 from results import fail, task_of
 
 MUJOCO, DMC, DNA = "simpo_mujoco.py", "simpo_dmc.py", "simpo_dna.py"
@@ -21,7 +23,6 @@ class Experiment(NamedTuple):
 
 
 FIVE, PLAIN = (1, 2, 3, 4, 5), ("exp", "linear", "square")
-GYM = ("HalfCheetah-v4", "Humanoid-v4", "Ant-v4", "Walker2d-v4", "Hopper-v4", "Swimmer-v4")
 CHEETAH = [f"cheetah-run-{reward}" for reward in ("sqrt", "linear", "square", "exp")]
 WEIGHTINGS = {name: f"--weighting {name}" for name in PLAIN}
 NEGATIVE = {"linear_neg": "--neg-clip -0.05"}
@@ -29,20 +30,23 @@ BOUNDS = {f"eps_kl={x}": f"--eps-kl {x}" for x in (1.0, 1.5, 2.0)}  # of N = 32
 CHOICES = """old-policy-every=1 target-samples=1 act-samples=1 sample-noise=0 error-bound=1e9
     weight-by=min policy-delay=1 reward-scale=1""".split()  # one change each from Lin. Neg.
 CHOICES = NEGATIVE | {name: f"--neg-clip -0.05 --{name}" for name in CHOICES}
-TUNED = {"wd1": "--weighting wd1"} | {
-    f"{name}_neg": f"--weighting {name} --neg-clip -1" for name in ("linear", "square")
-}
+TUNED = {name: f"--weighting {name}" for name in (*PLAIN, "wd1", "uniform")}
+for x, name in itertools.product((0.05, 1), PLAIN[1:]):
+    TUNED[f"{name}_neg{x}"] = f"--weighting {name} --neg-clip -{x}"
+for name in ("wd1", "linear_neg1", "square_neg1"):
+    TUNED[f"{name}_floor"] = f"{TUNED[name]} --neg-floor 0.05"
+TUNED["square_anchor"] = "--weighting square --kl-weight 1"
 
 # Where the paper is silent: seeds of all but Table 2; tasks and weighting of figure 6 (all of Table
 # 2, Linear); the clip of DNA. choices is ours: what the paper leaves open.
 EXPERIMENTS = {
     "mujoco": Experiment(MUJOCO, (1,), {}, {}),
     "dmc": Experiment(DMC, (1,), {}, {}),
-    "table2": Experiment(MUJOCO, FIVE, dict.fromkeys(GYM), WEIGHTINGS | NEGATIVE),
+    "table2": Experiment(MUJOCO, FIVE, dict.fromkeys(TASKS), WEIGHTINGS | NEGATIVE),
     "figure5": Experiment(DMC, FIVE, dict.fromkeys(CHEETAH), WEIGHTINGS),
-    "figure6": Experiment(MUJOCO, FIVE, dict.fromkeys(GYM), BOUNDS),
+    "figure6": Experiment(MUJOCO, FIVE, dict.fromkeys(TASKS), BOUNDS),
     "choices": Experiment(MUJOCO, (1,), {"HalfCheetah-v4": None}, CHOICES),
-    "table3": Experiment(DNA, (1, 2, 3), {"generated": ""}, WEIGHTINGS | TUNED),
+    "table3": Experiment(DNA, (1, 2, 3), {"generated": ""}, TUNED),
 }
 # Flags of simpo_dna.py for its pretraining; the last five are for that alone.
 PRETRAINING = """--seed --data --drop-bad-rows --score-column --checkpoint-every --hidden-dim
@@ -112,15 +116,14 @@ def plan(args, extra=()):
         fail(f"--methods {name} is not among {', '.join(methods)}; flags may follow --")
     if not (tasks := args.tasks or tuple(experiment.tasks)):
         fail("--tasks must name at least one")
-    for seed in args.seeds or experiment.seeds:
-        for task in tasks:
-            for method in args.methods or methods:
-                own = task_flags(experiment, task), f"--seed {seed}", methods[method]
-                flags = merge(base, *own) | extra
-                if args.experiment == "figure6" and "--eps-kl" not in extra:  # shares of log N
-                    log_n = math.log(int(flags.get("--num-samples", ["32"])[0]))
-                    flags["--eps-kl"] = [f"{float(flags['--eps-kl'][0]) / math.log(32) * log_n:g}"]
-                runs.append(Run(task, method, str(seed), experiment.script, as_list(flags)))
+    each = itertools.product(args.seeds or experiment.seeds, tasks, args.methods or methods)
+    for seed, task, method in each:
+        own = task_flags(experiment, task), f"--seed {seed}", methods[method]
+        flags = merge(base, *own) | extra
+        if args.experiment == "figure6" and "--eps-kl" not in extra:  # shares of log N
+            log_n = math.log(int(flags.get("--num-samples", ["32"])[0]))
+            flags["--eps-kl"] = [f"{float(flags['--eps-kl'][0]) / math.log(32) * log_n:g}"]
+        runs.append(Run(task, method, str(seed), experiment.script, as_list(flags)))
     return plan_pretraining(args, runs, extra) if experiment.script == DNA else runs
 
 

@@ -88,8 +88,9 @@ def means(rows, column, x="step"):
     """Rows of eval.csv -> x [n], means [n] over the episodes of each; empty cells are left out."""
     values = defaultdict(list)
     for row in rows:
-        if not {column, x} <= row.keys():
-            fail(f"{column}, {x}: a column is none of {', '.join(row)}")
+        for flag, name in ("--y", column), ("--x", x):
+            if name not in row:
+                fail(f"{flag} {name} is none of {', '.join(row)}")
         if row[column]:
             values[float(row[x])].append(float(row[column]))
     return np.array(list(values)), np.array([np.mean(x) for x in values.values()])

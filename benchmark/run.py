@@ -1,7 +1,6 @@
 """Runs the experiments behind the paper's tables and figures through Ray; survives being killed.
 
     python benchmark/run.py table2                  # six tasks, four weightings, five seeds
-    python benchmark/run.py figure6 --fast --tasks Hopper-v4 --seeds 1 2
     python benchmark/run.py --tasks Pendulum-v1 -- --weighting square --neg-clip -0.05
     python benchmark/run.py dmc --tasks walker-run-exp --fast
     python benchmark/run.py table2 --gpus-per-run 0.25 --address auto
@@ -131,8 +130,7 @@ def status(root, run):
             was = shlex.join(record["flags"])
             fail(f"--root {root} has a finished {run.name} with other flags: {was}")
         return "done"
-    # with other flags the script sees these beside --resume and refuses them
-    return record["status"] if same else "unfinished"
+    return record["status"] if same else "unfinished"  # other flags are refused beside --resume
 
 
 def outcome(ray, ref):
@@ -200,10 +198,9 @@ def stop_runs(ray, root, active):
     what tells is the lock that its script holds."""
     for ref in active:
         ray.cancel(ref)
-    paths = [root / "logs" / f"{run.name}.lock" for run in active.values()]
     deadline = time.monotonic() + STOP_WITHIN
-    for path in (path for path in paths if path.exists()):
-        with path.open("a") as file:
+    for run in active.values():
+        with (root / "logs" / f"{run.name}.lock").open("a") as file:
             while not is_free(file) and time.monotonic() < deadline:
                 time.sleep(0.2)
 

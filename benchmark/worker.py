@@ -50,10 +50,8 @@ def device(output, cores):
     found = re.findall(r"^(?:run folder|device) .*?(\d+ x .+)$", output, re.MULTILINE)
     if found and not found[-1].endswith("cpu"):
         return found[-1]
-    try:
-        name = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        name = None
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     return f"{cores} x {name[1].strip() if name else platform.machine()}"
 
 

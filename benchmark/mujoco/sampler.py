@@ -24,8 +24,6 @@ import numpy as np
 
 import simpo_mujoco as simpo
 
-STEPS = (3, 4, 5, 6, 8, 10, 20)
-
 
 def load(folder):
     """-> args and State of a run, as for --evaluate."""
@@ -41,7 +39,7 @@ def load(folder):
 def visit(args, state, count, every=5):
     """`count` states [count, o] that the policy meets, every fifth step of ten environments."""
     envs, found = simpo.make_envs(dataclasses.replace(args, num_envs=10)), []
-    obs = simpo.reset_envs(envs, simpo.EVAL_SEED)
+    obs, _ = envs.reset(seed=simpo.EVAL_SEED)
     for t in range(every * -(-count // 10)):
         if t % every == 0:
             found.append(obs)
@@ -60,13 +58,13 @@ def draw(args, state, obs, samples, sampler, steps, seed):
     return np.sort(np.asarray(a0, np.float64), axis=1)
 
 
-def compare(folder, states, samples):
+def compare(folder, states, samples, numbers_of_steps):
     """Rows of the CSV."""
     args, state = load(folder)
     obs, levels = visit(args, state, states), args.diffusion_steps
     reference, again = (draw(args, state, obs, samples, "ddpm", levels, seed) for seed in (1, 2))
     for sampler in ("ddpm", "dpm2"):
-        for steps in (s for s in STEPS if s <= levels):
+        for steps in (s for s in numbers_of_steps if s <= levels):
             a0 = draw(args, state, obs, samples, sampler, steps, 3)
             distances = [np.abs(x - reference).mean() for x in (a0, again)]  # W1: both are sorted
             numbers = (*distances, a0.std(axis=1).mean())
@@ -80,10 +78,11 @@ def main():
     parser.add_argument("run", type=Path, help="run folder of simpo_mujoco.py")
     parser.add_argument("--states", type=int, default=64)
     parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--steps", type=int, nargs="+", default=[3, 4, 5, 6, 8, 10, 20])
     parser.add_argument("--out", default="sampler.csv", help="the CSV to write")
     args = parser.parse_args()
     rows = [("sampler", "steps", "w1", "w1_floor", "spread")]
-    for row in compare(args.run, args.states, args.samples):
+    for row in compare(args.run, args.states, args.samples, args.steps):
         print("{:8} {:5} {:>8} {:>8} {:>8}".format(*row), flush=True)
         rows.append(row)
     with open(args.out, "w", newline="") as file:

@@ -64,7 +64,7 @@ class Pieces:
         rows = rng.standard_normal((ROWS, 2 * o + d + 2), np.float32).clip(-1, 1)
         rows[:, -1] = 0  # terminated
         self.replay.add(rows)
-        self.obs = simpo.reset_envs(self.envs, 0)
+        self.obs, _ = self.envs.reset(seed=0)
         self.updates = 0
         for _ in range(2 * args.policy_delay):
             self.iteration()

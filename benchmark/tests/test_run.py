@@ -49,7 +49,7 @@ def test_scripts_accept_the_flags_of_every_run(name):
                     assert results.method_of(vars(args)) == run.method
         assert len({run.name for run in runs}) == len(runs)
     count = {"table2": 6 * 4 * 5, "figure5": 4 * 3 * 5, "figure6": 6 * 3 * 5, "choices": 9}
-    assert len(runs) == (count | {"table3": 3 * (6 + 1)}).get(name, 1)
+    assert len(runs) == (count | {"table3": 3 * (13 + 1)}).get(name, 1)
 
 
 def test_figure6_takes_shares_of_log_n():
@@ -95,7 +95,7 @@ def test_dna_starts_from_one_pretrained_model_a_seed(tmp_path):
     assert model.task == tuned.task == "sites" and set(data) < set(model.flags) & set(tuned.flags)
     assert "--pretrain-steps" in model.flags and "--pretrain-steps" not in tuned.flags
     given = plan("table3", extra=[*data, "--pretrained", "drakes.npz"])
-    assert len(given) == 18 and not any(run.needs for run in given)
+    assert len(given) == 39 and not any(run.needs for run in given)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def quick_compiler():
 
 def run_main(module, *flags, cwd):
     """-> exit code, stdout, stderr of module.main() with these flags in this process."""
-    out, err, redirect = io.StringIO(), io.StringIO(), contextlib.redirect_stdout
+    out, err = io.StringIO(), io.StringIO()
     signals = [signal.SIGINT, signal.SIGTERM, signal.SIGPIPE]
     before = [signal.getsignal(x) for x in signals], sys.argv, list(sys.path)
     sys.argv = [module.__file__, *map(str, flags)]

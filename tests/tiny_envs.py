@@ -13,7 +13,7 @@ class Point(gym.Env):
 
     low, high, act_dtype, bias = -1.0, 3.0, np.float32, 0.0
     metadata = {"render_modes": ["rgb_array"]}
-    opened = closed = 0  # of all kinds
+    opened = closed = left = 0  # over all kinds; SIGTERM comes after `left` steps
 
     def __init__(self, render_mode=None):
         Point.opened += 1
@@ -28,6 +28,9 @@ class Point(gym.Env):
 
     def step(self, action):
         assert self.action_space.contains(action), action
+        Point.left -= 1
+        if Point.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
         self.clock += 1
         self.position += 0.1 * float(action[0]) + 0.01 * self.np_random.normal()
         return self.observe(), self.reward(), self.ends(), False, {}
@@ -165,19 +168,7 @@ class Goal(Point):
         self.observation_space = gym.spaces.Dict(goal=self.observation_space)
 
 
-# ---- signals and films -------------------------------------------------------------------------
-
-
-class Stopped(Point):
-    """The process gets a SIGTERM once all environments together have made `left` steps."""
-
-    left = 0
-
-    def step(self, action):
-        Stopped.left -= 1
-        if Stopped.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().step(action)
+# ---- films -------------------------------------------------------------------------------------
 
 
 class NoRenderMode(Point):

@@ -5,11 +5,17 @@
     python simpo_mujoco.py --evaluate runs/NAME --capture-video
 
 Paper: arXiv 2603.10250, Algorithm 1, section 5.2, Table 4. Copy this file and common.py to use it.
-One iteration steps the environments, fits the critics to one batch and, every second time, draws N
-actions at its states from an older copy of the policy, weights them by value and refits the policy
-to them, eq. (7). Diffusion time t counts T noise levels upwards: a_t = alpha_t a0 + sigma_t noise,
+Diffusion time t counts T noise levels upwards: a_t = alpha_t a0 + sigma_t noise and
 velocity = alpha_t noise - sigma_t a0. Shapes: B states, N samples a state, o observation, d action,
-E environments, H hidden units.
+E environments, H hidden units. A run of 1M steps has 194,000 updates after 30,000 random steps.
+
+Where the paper is silent, or we depart from it (docs/mujoco.md has the numbers that decided):
+1. The N samples come from a copy of the policy that is refreshed every 250 updates, at the states
+   of the batch, by ancestral steps of variance beta_t: else the policy collapses to a point.
+2. Gaussian noise is added to these samples, none to actions; the squared error is bounded.
+3. Critic targets take the best of 4 next actions, actions the best of 8, evaluations the best of N.
+4. The value that weights a sample is the mean of the critics; eq. (11) also clips other powers.
+5. lam takes its dual step in log space, with a floor relative to the spread of q.
 """
 
 import contextlib
@@ -69,9 +75,7 @@ class Args:
     old_policy_every: int = 250  # updates between two copies of the policy to the sampled one
     target_samples: int = 4  # M: the critics' target takes the best of M next actions
     act_samples: int = 8  # the action taken is the best of so many; an evaluation's, of N
-    sample_noise: float = (
-        0.2  # std of Gaussian noise on the weighted samples, in half action ranges
-    )
+    sample_noise: float = 0.2  # std of Gaussian noise on the weighted samples, which are in [-1, 1]
     error_bound: float = 5.0  # on the squared error of an action dimension; ends a repulsion
     weight_by: Literal["mean", "min"] = "mean"  # of both critics, the value that weights a sample
     # optimisation
@@ -278,8 +282,9 @@ class State(NamedTuple):
 
 def optimisers(args):
     """Adam for the policy, its rate annealed over the run (Table 4), and for the critics."""
-    critic_updates = (args.total_timesteps - args.learning_starts) // args.num_envs
-    steps = max(critic_updates // args.policy_delay - 1, 1)  # from the first rate to the last
+    e, last, first = args.num_envs, args.total_timesteps, args.learning_starts
+    refits = -((-(-last // e) - -(-first // e)) // -args.policy_delay)
+    steps = max(refits - 1, 1)  # from the first rate to the last
     policy_lr = optax.linear_schedule(args.policy_lr, args.policy_lr_end, steps)
     return optax.adam(policy_lr), optax.adam(args.critic_lr)
 
@@ -306,7 +311,7 @@ def best_action(args, theta, critics, obs, num_samples, key, step):
 
 def critic_loss(critics, obs, act, target):
     q = q_values(critics, obs, act[:, None])[..., 0]  # [2, B]
-    return jnp.mean((q - target) ** 2, axis=-1).sum(), q
+    return jnp.mean((q - target[None]) ** 2, axis=-1).sum(), q
 
 
 def matching_loss(theta, args, obs, a0, w, key):
@@ -351,8 +356,8 @@ def update(args, with_policy, state, batch, key):
     k_target, k_policy = jax.random.split(jax.random.fold_in(key, state.step))
 
     # critics: to r + gamma Q(the best of M next actions)
-    m = args.target_samples
-    next_act = best_action(args, state.theta, state.critics, next_obs, m, k_target, 0)
+    theta, m = state.theta, args.target_samples
+    next_act = best_action(args, theta, state.critics, next_obs, m, k_target, 0)
     next_q = q_values(state.critics_target, next_obs, next_act[:, None]).min(axis=0)
     target = (args.reward_scale * reward + args.gamma * (1 - terminated) * next_q)[:, 0]
     loss_and_grad = jax.value_and_grad(critic_loss, has_aux=True)
@@ -387,12 +392,10 @@ class Checked(gym.Wrapper):
         obs, act, self.index, self.steps = env.observation_space, env.action_space, index, 0
         self.data = env.unwrapped.data if hasattr(env.unwrapped, "mujoco_renderer") else None
         flat = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (obs, act))
-        # dm_control's bound of an actuator without limits is 1e10
-        if not (flat and act.dtype.kind == "f" and act.shape[0] and np.abs(act.high).max() < 1e10):
+        bound = np.abs([act.low, act.high]).max(initial=0) if flat else np.inf  # dm_control's: 1e10
+        if not (flat and act.dtype.kind == "f" and act.shape[0] and bound < 1e10):
             rule = "observations and actions must be flat and real, actions bounded"
             fail(f"{rule}, not {obs}, {act}; see gymnasium.wrappers.FlattenObservation")
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape)
-        self.action_space = gym.spaces.Box(-1, 1, act.shape)
 
     def read(self, name, value, shape):
         with np.errstate(over="ignore"):
@@ -451,14 +454,15 @@ class Replay:
     twice that, so that a resumed run finds every row it may still sample."""
 
     def __init__(self, args, path, width, written):
-        rows = min(2 * args.buffer_size, args.total_timesteps + args.num_envs)
+        rows = min(2 * args.buffer_size, args.total_timesteps) + args.num_envs
         try:
             self.rows = np.memmap(path, np.float32, "r+" if written else "w+", shape=(rows, width))
             if hasattr(os, "posix_fallocate"):  # a disk too full is known now, not in hours
                 with path.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, self.rows.nbytes)
         except OSError as error:
-            fail(f"no replay of {rows * width * 4e-9:.2f} GB in {path}: {error.strerror}")
+            size = f"{rows * width * 4e-9:.2f} GB, which a complete run no longer has"
+            fail(f"no replay {path} of {size}: {error.strerror}")
         self.limit, self.written = args.buffer_size, written
 
     def add(self, *columns):
@@ -490,7 +494,8 @@ def evaluate(args, envs, state, key, step, run_dir, stop):
         except Exception as error:  # of a driver, an encoder, a full disk
             if t == 0 and (step == 0 or args.evaluate):  # before any training
                 fail(f"--capture-video: {type(error).__name__}: {error}")
-            film = print(f"warning: no film: {error}", file=sys.stderr)
+            print(f"warning: no film: {error}", file=sys.stderr)
+            film = None
         a0 = best_action(args, state.theta, state.critics, obs, args.num_samples, key, t)
         obs, reward, terminated, truncated, _ = envs.step(np.asarray(a0))
         returns, lengths = returns + reward * running, lengths + running
@@ -505,10 +510,11 @@ def evaluate(args, envs, state, key, step, run_dir, stop):
 
 
 def write_rows(path, rows):
-    """Adds an evaluation to a CSV file -> its summary."""
-    header = "" if path.exists() else "step,episode,return,length"
-    with path.open("a") as file:
-        np.savetxt(file, rows, "%d,%d,%.6f,%d", header=header, comments="")
+    """Adds an evaluation to a CSV file, in the place of rows from its step on -> its summary."""
+    old = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2) if path.exists() else rows[:0]
+    both, header = np.concatenate([old[old[:, 0] < rows[0, 0]], rows]), "step,episode,return,length"
+    np.savetxt(path.with_suffix(".tmp"), both, "%d,%d,%.6f,%d", header=header, comments="")
+    path.with_suffix(".tmp").replace(path)
     return f"step {rows[0, 0]:.0f}: return {rows[:, 2].mean():.1f} +- {rows[:, 2].std():.1f}"
 
 
@@ -531,7 +537,7 @@ def load(path, template):
             arrays, step = [file[name] for name in named_leaves(template)], int(file["env_step"])
         if [x.shape for x in arrays] != [x.shape for x in jax.tree.leaves(template)]:
             raise ValueError("its networks have other sizes")
-        return jax.tree.unflatten(jax.tree.structure(template), arrays), step
+        return jax.device_put(jax.tree.unflatten(jax.tree.structure(template), arrays)), step
     except Exception as error:  # a damaged file can raise anything
         fail(f"no usable checkpoint in {path}: {error}")
 
@@ -603,10 +609,6 @@ def train(args, run_dir, envs, state, keys, step, stop):
     hint = f"; the fast setting is {FAST}" if devices[0].platform == "cpu" else ""
     if getattr(envs.envs[0].spec, "max_episode_steps", 0) is None:
         print(f"no time limit: an episode of an evaluation ends after {EPISODE_LIMIT} steps")
-    if (evals := run_dir / "eval.csv").exists():  # rows after the checkpoint are made again
-        header, *rows = evals.read_text().splitlines(keepends=True)
-        rows = [row for row in rows if int(row.split(",")[0]) < step]
-        evals.write_text("".join([header, *rows]))
     bar, clock, speed, first = tqdm(disable=True), None, "", True
     start = updates = int(state.step)
     while True:
@@ -620,7 +622,7 @@ def train(args, run_dir, envs, state, keys, step, stop):
             if evaluation_due:
                 with contextlib.closing(make_envs(args, evaluation=True)) as others:
                     rows = evaluate(args, others, state, k_eval, step, run_dir, stop)
-                bar.write(write_rows(evals, rows) + speed)
+                bar.write(write_rows(run_dir / "eval.csv", rows) + speed)
                 log.add_scalar("charts/eval_return", rows[:, 2].mean(), step)
             if done:
                 break
@@ -632,8 +634,8 @@ def train(args, run_dir, envs, state, keys, step, stop):
         if learning:
             if updates == start:
                 bar.write("compiling, which takes a minute; Ctrl-C is answered after it")
-            n = args.act_samples
-            a0 = best_action(args, state.theta, state.critics, obs, n, k_act, step)
+            n, critics = args.act_samples, state.critics
+            a0 = best_action(args, state.theta, critics, obs, n, k_act, step)
             batch = jax.device_put(replay.sample(rng, args.batch_size), split)
             with_policy = updates % args.policy_delay == 0
             state, metrics = update(args, with_policy, state, batch, k_update)
@@ -692,8 +694,8 @@ def main():
         if not args.evaluate:
             return train(args, run_dir or create_run_dir(args), envs, state, keys, step, stop)
         rows = evaluate(args, envs, state, keys[2], step, run_dir, stop)
-    (run_dir / "evaluate.csv").unlink(missing_ok=True)
-    print(write_rows(run_dir / "evaluate.csv", rows))
+    film = f", {run_dir}/videos/step-{step}.mp4" if args.capture_video else ""
+    print(write_rows(run_dir / "evaluate.csv", rows) + film)
 
 
 if __name__ == "__main__":

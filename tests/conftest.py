@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT, TESTS = Path(__file__).resolve().parents[1], Path(__file__).resolve().parent
@@ -23,6 +24,7 @@ os.environ |= {  # before jax starts: two devices for the sharding test, and the
 sys.path[:0] = [str(ROOT), str(TESTS)]
 
 import jax  # noqa: E402
+import tiny_envs  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -33,7 +35,7 @@ TINY = """
     --batch-size 32 --neg-clip -0.05 --gamma 0.5 --tau 0.05 --reward-scale 0.5
     --critic-lr 3e-3 --policy-lr 3e-3 --policy-lr-end 1e-3
     --total-timesteps 2400 --learning-starts 100 --buffer-size 600
-    --eval-every 1200 --eval-episodes 2 --checkpoint-every 150
+    --eval-every 1200 --eval-episodes 2 --checkpoint-every 300
 """.split()
 POINT = [*TINY, "--env-id", "tiny_envs:Point-v0"]
 
@@ -76,6 +78,11 @@ def quick_compiler():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def stop_after(steps, signum=signal.SIGTERM):
+    """A signal comes once the environments of tiny_envs have made so many steps together."""
+    tiny_envs.Point.left, tiny_envs.Point.signal = steps, signum
+
+
 def run_main(module, *flags, cwd):
     """-> exit code, stdout, stderr of module.main() with these flags in this process."""
     out, err = io.StringIO(), io.StringIO()
@@ -97,6 +104,28 @@ def run_main(module, *flags, cwd):
         for signum, handler in zip(signals, before[0], strict=True):
             signal.signal(signum, handler)
     return code, out.getvalue(), err.getvalue()
+
+
+def read_evals(run_dir, name="eval.csv"):
+    """-> rows [., 4]: step, episode, return, length."""
+    header, *lines = (run_dir / name).read_text().splitlines()
+    assert header == "step,episode,return,length"
+    return np.array([line.split(",") for line in lines], np.float64).reshape(-1, 4)
+
+
+def arrays_of(run_dir):
+    with np.load(run_dir / "checkpoint.npz", allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def assert_same_end(run_dir, reference):
+    """Bit-identical eval.csv and checkpoint; the replay is gone."""
+    assert (run_dir / "eval.csv").read_bytes() == (reference / "eval.csv").read_bytes()
+    ours, theirs = arrays_of(run_dir), arrays_of(reference)
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        assert array.dtype == theirs[name].dtype and array.tobytes() == theirs[name].tobytes(), name
+    assert not (run_dir / "replay.dat").exists()
 
 
 def assert_refused(result, *mentions, code=2):

@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tiny_envs
-from conftest import POINT, assert_refused, run_main
+from conftest import POINT, assert_refused, run_main, stop_after
 
 import simpo_mujoco
 from simpo_mujoco import EVAL_SEED, Args, Replay, make_env, make_envs, reset_envs
@@ -99,7 +99,7 @@ def stored(kind, root):
     """A run of random actions that a SIGTERM ends -> its rows [STEPS, 5, 9] and its output."""
     flags = "--total-timesteps 2400 --learning-starts 2000 --checkpoint-every 600".split()
     flags += ["--eval-episodes", 1, "--env-id", f"tiny_envs:{kind}-v0", "--run-dir", root / kind]
-    tiny_envs.Point.left = 5 * STEPS + episode_length(kind)  # of the evaluation at step 0
+    stop_after(5 * STEPS + episode_length(kind))  # of the evaluation at step 0
     code, out, err = run_main(simpo_mujoco, *POINT, *flags, cwd=root)
     assert code == 143, (out, err)
     rows = np.fromfile(root / kind / "replay.dat", np.float32).reshape(-1, 9)

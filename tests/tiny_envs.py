@@ -13,7 +13,8 @@ class Point(gym.Env):
 
     low, high, act_dtype, bias = -1.0, 3.0, np.float32, 0.0
     metadata = {"render_modes": ["rgb_array"]}
-    opened = closed = left = 0  # over all kinds; SIGTERM comes after `left` steps
+    opened = closed = 0  # over all kinds, as is `left`: the steps until `signal` comes
+    left, signal = int(os.environ.get("KILL_AFTER", 0)), signal.SIGKILL
 
     def __init__(self, render_mode=None):
         Point.opened += 1
@@ -30,7 +31,7 @@ class Point(gym.Env):
         assert self.action_space.contains(action), action
         Point.left -= 1
         if Point.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), Point.signal)
         self.clock += 1
         self.position += 0.1 * float(action[0]) + 0.01 * self.np_random.normal()
         return self.observe(), self.reward(), self.ends(), False, {}
@@ -182,13 +183,13 @@ class NoDriver(Point):
 
 
 class LosesDriver(Point):
-    """Renders one episode, and then no more."""
+    """Renders so many frames, and then no more."""
 
-    frames = 0
+    frames = 60
 
     def render(self):
-        LosesDriver.frames += 1
-        if LosesDriver.frames > 60:
+        LosesDriver.frames -= 1
+        if LosesDriver.frames < 0:
             raise RuntimeError("the driver is gone")
         return super().render()
 

@@ -53,7 +53,6 @@ from tqdm import tqdm
 from common import solve_nu, update_lam
 
 gym.logger.min_level = gym.logger.ERROR  # the paper's tasks are v4, though v5 is newer
-FAST = "--sampler dpm2 --sampling-steps 6 --num-samples 8"  # the README's setting for a CPU
 EVAL_SEED = 2**31  # of the first evaluation episode; training's are smaller
 EPISODE_LIMIT = 10_000  # steps of an evaluation episode that nothing else ends
 
@@ -132,8 +131,6 @@ class Args:
 
 
 # ---- networks ----------------------------------------------------------------------------------
-
-
 @jax.checkpoint  # the backward pass computes it again: it is memory-bound on a CPU
 def mish(x):
     """x tanh(softplus(x)), with one exp and one division."""
@@ -172,10 +169,7 @@ def q_values(critics, obs, act):
 
 def policy_velocity(theta, obs, num_levels):
     """The policy at fixed states: obs [B, o] -> velocity(a_t [B, N, d], t [] or [B, N]) [B, N, d].
-
-    Its net sees [obs | a_t | embedding of t]; the first layer's products with obs and with the T
-    embeddings are made here, once for all samples and noise levels.
-    """
+    Of its net's first layer, on [obs | a_t | embedding of t], all but a_t's part is made here."""
     first, *rest = theta["net"]
     o, d = obs.shape[-1], rest[-1]["b"].shape[0]
     w_obs, w_act, w_time = jnp.split(first["w"], [o, o + d])
@@ -192,8 +186,6 @@ def policy_velocity(theta, obs, num_levels):
 
 
 # ---- diffusion ---------------------------------------------------------------------------------
-
-
 def cosine_alpha_bar(num_levels):
     """Table 4: alpha_t^2 = 1 - sigma_t^2 at the T levels, falling (Nichol and Dhariwal, eq. 17)."""
     f = np.cos((np.arange(num_levels + 1) / num_levels + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -205,8 +197,7 @@ def sampler_steps(sampler, num_levels, num_visited):
         a_next = coef_a0 a0 + coef_last (a0 predicted one level above) + coef_at a_t + std noise.
 
     ddpm: Ho et al. (2006.11239) with variance beta_t, none in the last step. dpm2: Lu et al.
-    (2211.01095), DPM-Solver++(2M). -> the level's index, alpha, sigma, and coefficients as above.
-    """
+    (2211.01095), DPM-Solver++(2M). -> the level's index, alpha, sigma and the coefficients."""
     i = np.arange(num_visited)
     t = np.round((num_levels - 1) * (i / max(num_visited - 1, 1)) ** 1.5).astype(np.int32)
     t = np.maximum.accumulate(t - i) + i if num_visited > 1 else t + num_levels - 1  # none twice
@@ -246,8 +237,6 @@ def sample_actions(args, theta, obs, num_samples, key):
 
 
 # ---- weights -----------------------------------------------------------------------------------
-
-
 def weights(args, q, lam):
     """Eq. (9): q [B, N] and lam [], in reward units -> w [B, N] of mean 1 over N; no gradient."""
     n, q = q.shape[-1], jax.lax.stop_gradient(q - jnp.max(q, axis=-1, keepdims=True))
@@ -265,8 +254,6 @@ def weights(args, q, lam):
 
 
 # ---- update ------------------------------------------------------------------------------------
-
-
 class State(NamedTuple):
     """Everything that training changes on the device."""
 
@@ -297,8 +284,7 @@ def init_state(args, obs_dim, act_dim, key):
     critics = [init_mlp(k, [obs_dim + act_dim, *hidden, 1]) for k in k_critics]
     copies = jax.tree.map(jnp.copy, (theta, critics))  # donated buffers must not be shared
     opts = [adam.init(x) for adam, x in zip(optimisers(args), (theta, critics), strict=True)]
-    zero = jnp.zeros((), jnp.int32)
-    return State(theta, copies[0], critics, copies[1], *opts, jnp.zeros(()), zero)
+    return State(theta, copies[0], critics, copies[1], *opts, jnp.zeros(()), jnp.int32(0))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -360,8 +346,8 @@ def update(args, with_policy, state, batch, key):
     next_act = best_action(args, theta, state.critics, next_obs, m, k_target, 0)
     next_q = q_values(state.critics_target, next_obs, next_act[:, None]).min(axis=0)
     target = (args.reward_scale * reward + args.gamma * (1 - terminated) * next_q)[:, 0]
-    loss_and_grad = jax.value_and_grad(critic_loss, has_aux=True)
-    (loss, q), grads = loss_and_grad(state.critics, obs, act, target)
+    grad = jax.value_and_grad(critic_loss, has_aux=True)
+    (loss, q), grads = grad(state.critics, obs, act, target)
     updates, critics_opt = optimisers(args)[1].update(grads, state.critics_opt)
     critics = optax.apply_updates(state.critics, updates)
     critics_target = optax.incremental_update(critics, state.critics_target, args.tau)
@@ -380,8 +366,6 @@ def update(args, with_policy, state, batch, key):
 
 
 # ---- environments and replay -------------------------------------------------------------------
-
-
 class Checked(gym.Wrapper):
     """Takes actions in [-1, 1] and returns fresh float32 arrays, for an environment may reuse its
     own. A simulation that blew up, which MuJoCo starts again without a word, is truncated: its last
@@ -405,8 +389,10 @@ class Checked(gym.Wrapper):
             fail(f"{name} of environment {self.index} after {self.steps} steps is {what}", 1)
         return value
 
-    def reset(self, **kwargs):
-        obs, _ = self.env.reset(**kwargs)
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            np.random.seed(seed)  # some environments draw from numpy's global generator
+        obs, _ = self.env.reset(seed=seed, options=options)
         self.obs = self.read("first observation", obs, self.observation_space.shape)
         return self.obs, {}
 
@@ -444,11 +430,6 @@ def make_envs(args, evaluation=False):
         fail(f"cannot make the environment{' for --capture-video' if film else ''}: {error}")
 
 
-def reset_envs(envs, first_seed):
-    np.random.seed(first_seed)  # some environments draw from numpy's global generator
-    return envs.reset(seed=[first_seed + i for i in range(envs.num_envs)])[0]
-
-
 class Replay:
     """The last buffer_size transitions [obs | next_obs | act | reward | terminated], in a file of
     twice that, so that a resumed run finds every row it may still sample."""
@@ -476,12 +457,10 @@ class Replay:
 
 
 # ---- evaluation and checkpoints ----------------------------------------------------------------
-
-
 def evaluate(args, envs, state, key, step, run_dir, stop):
     """An episode of each environment, best of N, the same starts every time, the first one filmed.
     -> rows [E, 4] of eval.csv: step, episode, return, length. Exits once `stop` is not empty."""
-    obs, count, film = reset_envs(envs, EVAL_SEED), envs.num_envs, None
+    (obs, _), count, film = envs.reset(seed=EVAL_SEED), envs.num_envs, None
     returns, lengths, running = np.zeros(count), np.zeros(count), np.ones(count, bool)
     if args.capture_video:
         (run_dir / "videos").mkdir(exist_ok=True)
@@ -543,8 +522,6 @@ def load(path, template):
 
 
 # ---- main --------------------------------------------------------------------------------------
-
-
 def fail(message, code=2):
     """One line, and an exit code: 2 for bad usage, 1 for a run that cannot go on."""
     print("error:", " ".join(str(message).split()), file=sys.stderr)
@@ -588,7 +565,7 @@ def create_run_dir(args, suffix=""):
     return run_dir
 
 
-def train(args, run_dir, envs, state, keys, step, stop):
+def train(args, run_dir, envs, replay, state, keys, step, stop):
     """The loop of Algorithm 1. At each checkpoint new episodes begin and the generator is seeded
     anew, as in a run resumed from there, so that the two are equal bit for bit."""
     k_act, k_update, k_eval = keys
@@ -598,15 +575,14 @@ def train(args, run_dir, envs, state, keys, step, stop):
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     split = NamedSharding(mesh, PartitionSpec("batch"))
     print(f"run folder {run_dir}, on {count} x {devices[0].device_kind}", flush=True)
-    (o,), (d,) = envs.single_observation_space.shape, envs.single_action_space.shape
-    replay = Replay(args, run_dir / "replay.dat", 2 * o + d + 2, step)
     if args.track:
         import wandb
 
         wandb.init(project="simpo", id=run_dir.name, resume="allow", sync_tensorboard=True)
     log = SummaryWriter(str(run_dir), purge_step=step + 1)
     log.add_text("args", "\n".join(f"    {name}: {x}" for name, x in vars(args).items()))
-    hint = f"; the fast setting is {FAST}" if devices[0].platform == "cpu" else ""
+    fast = "; the fast setting is --sampler dpm2 --sampling-steps 6 --num-samples 8"
+    hint = fast if devices[0].platform == "cpu" else ""
     if getattr(envs.envs[0].spec, "max_episode_steps", 0) is None:
         print(f"no time limit: an episode of an evaluation ends after {EPISODE_LIMIT} steps")
     bar, clock, speed, first = tqdm(disable=True), None, "", True
@@ -627,7 +603,7 @@ def train(args, run_dir, envs, state, keys, step, stop):
             if done:
                 break
             rng = np.random.default_rng([args.seed, step])
-            obs, returns, first = reset_envs(envs, int(rng.integers(2**30))), 0.0, False
+            (obs, _), returns, first = envs.reset(seed=int(rng.integers(2**30))), 0.0, False
 
         # act and update; the device goes on with the update while the environments step
         learning = step >= args.learning_starts
@@ -692,7 +668,9 @@ def main():
         if run_dir:
             state, step = load(run_dir / "checkpoint.npz", state)
         if not args.evaluate:
-            return train(args, run_dir or create_run_dir(args), envs, state, keys, step, stop)
+            run_dir = run_dir or create_run_dir(args)
+            replay = Replay(args, run_dir / "replay.dat", 2 * o + d + 2, step)
+            return train(args, run_dir, envs, replay, state, keys, step, stop)
         rows = evaluate(args, envs, state, keys[2], step, run_dir, stop)
     film = f", {run_dir}/videos/step-{step}.mp4" if args.capture_video else ""
     print(write_rows(run_dir / "evaluate.csv", rows) + film)

@@ -1,9 +1,9 @@
-"""Joins metrics.csv of run folders into one CSV, and prints medians over seeds and their range.
+"""Joins metrics.csv and peers.csv of run folders, and prints medians over seeds and their range.
 
-    python benchmark/dna_table.py runs/dna/* --out benchmark/dna.csv
+    python benchmark/dna/table.py runs/dna/* --out benchmark/dna/table.csv
 
 A folder is named {data}__{method}__{seed}. Columns: data, seed, those of metrics.csv. The rows of
-the peers (pretrained, best-of-n, smc) are taken once a seed.
+pretrained, best-of-n and smc are taken once a seed.
 """
 
 import csv
@@ -17,20 +17,19 @@ import tyro
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run folders"""
-    out: Path = Path("benchmark/dna.csv")
-    """the CSV to write"""
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # run folders
+    out: Path = Path("benchmark/dna/table.csv")  # the CSV to write
 
 
 def read_rows(runs):
-    """{(data, method, seed): row of metrics.csv} of the folders that have one."""
+    """{(data, method, seed): row of metrics.csv or peers.csv} of the folders that have one."""
     rows = {}
-    for run_dir in runs:
-        if (run_dir / "metrics.csv").exists():
-            data, _, seed = run_dir.name.split("__")
-            for row in csv.DictReader((run_dir / "metrics.csv").open()):
-                rows.setdefault((data, row["method"], int(seed)), row)
+    for path in (run_dir / name for run_dir in runs for name in ("metrics.csv", "peers.csv")):
+        if path.exists():
+            data, _, seed = path.parent.name.split("__")
+            with path.open() as file:
+                for row in csv.DictReader(file):
+                    rows.setdefault((data, row["method"], int(seed)), row)
     return rows
 
 

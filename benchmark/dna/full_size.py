@@ -1,7 +1,7 @@
 """Parity with the original classes, time and memory at the full size of DRAKES' networks.
 
     python tests/fixtures/make_dna_fixtures.py --full --out FOLDER --drakes DIR --grelu DIR
-    python benchmark/dna_full_size.py FOLDER
+    python benchmark/dna/full_size.py FOLDER
 
 The first command (its docstring says what it needs) writes checkpoints of the published sizes with
 random weights, and their outputs, to FOLDER. --out gets the rows `network, quantity, value`. Each
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Args:
     """sequences of a call"""
     repeats: int = 3
     """calls after the first, which compiles; the fastest counts"""
-    out: Path = Path("benchmark/dna_full_size.csv")
+    out: Path = Path("benchmark/dna/full_size.csv")
     """the CSV to write"""
 
 
@@ -45,60 +45,63 @@ def seconds(f, repeats):
     return min(times[1:])
 
 
-def load(load_network, path):
-    """-> the network, rows of its size, reading time and memory."""
-    import jax
-
-    start = time.perf_counter()
-    params = jax.block_until_ready(load_network(path))
-    rows = {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "file, GB": path.stat().st_size / 1e9,
-        "reading, s": time.perf_counter() - start,
-        "peak memory after reading, GB": peak_memory(),
-    }
-    return params, rows
-
-
 def peak_memory():
     """Of this process so far, GB (Linux counts in kB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def measure_oracle(args, send):
+def convert(args, name, send):
+    """{name}.ckpt -> {name}.converted.npz, in this process."""
+    from dna.convert_drakes import convert
+    from dna.data import save_arrays
+
+    path, start = args.folder / f"{name}.ckpt", time.perf_counter()
+    kind, params = convert(path)
+    save_arrays(args.folder / f"{name}.converted.npz", params, kind, data=None)
+    rows = {"file, GB": path.stat().st_size / 1e9, "converting, s": time.perf_counter() - start}
+    send(rows | {"peak memory of converting, GB": peak_memory()})
+
+
+def measure_oracle(args, name, send):
     import jax
     import numpy as np
 
-    import drakes
-    import simpo_dna as dna
+    from dna.oracles import load_oracle
 
-    params, rows = load(drakes.load_oracle, args.folder / "oracle.ckpt")
+    start = time.perf_counter()
+    oracle = load_oracle(f"enformer:{args.folder / 'oracle.converted.npz'}")
+    params = jax.block_until_ready(jax.tree.map(jax.numpy.asarray, oracle.params))
+    rows = {"reading, s": time.perf_counter() - start}
+    rows["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
     expected = np.load(args.folder / "oracle.npz")
-    y = expected["y200"]
-    error = np.abs(dna.score("enformer", params, expected["x200"].astype(np.int32)) - y[:, 0])
-    rows["largest error / largest output"] = error.max() / np.abs(y[:, 0]).max()
+    y = expected["y200"][:, 0]
+    error = np.abs(oracle.apply(params, expected["x200"].astype(np.int32)) - y)
+    rows["largest error / largest output"] = error.max() / np.abs(y).max()
     x = jax.random.randint(jax.random.key(0), (args.batch_size, 200), 0, 4)
-    call = seconds(lambda: dna.score("enformer", params, x), args.repeats)
+    call = seconds(lambda: oracle.apply(params, x), args.repeats)
     rows[f"call on {args.batch_size} sequences, s"] = call
     send(rows | {"peak memory, GB": peak_memory()})
 
 
-def measure_generator(args, send):
+def measure_generator(args, name, send):
     import jax
     import numpy as np
 
-    import drakes
-    import simpo_dna as dna
+    import simpo_dna as sd
 
-    theta, rows = load(drakes.load_generator, args.folder / "pretrained.ckpt")
+    start = time.perf_counter()
+    theta, _ = sd.load_theta(sd.Args(), args.folder / "pretrained.converted.npz")
+    theta = jax.block_until_ready(jax.tree.map(jax.numpy.asarray, theta))
+    rows = {"reading, s": time.perf_counter() - start}
+    rows["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(theta))
     expected = np.load(args.folder / "pretrained.npz")
-    found = jax.jit(dna.logits)(theta, expected["x"].astype(np.int32))
+    found = jax.jit(sd.logits)(theta, expected["x"].astype(np.int32))
     rows["largest error / largest output"] = (
         np.abs(found - expected["raw"]).max() / np.abs(expected["raw"]).max()
     )
-    masks = np.full((args.batch_size, 200), dna.MASK, np.int32)
+    masks = np.full((args.batch_size, 200), sd.MASK, np.int32)
     key = jax.random.key(0)
-    time_128 = seconds(lambda: dna.sample_sequences(theta, 128, masks, key), args.repeats)
+    time_128 = seconds(lambda: sd.sample_sequences(theta, 128, masks, key), args.repeats)
     rows[f"sampling {args.batch_size} sequences in 128 steps, s"] = time_128
     send(rows | {"peak memory, GB": peak_memory()})
 
@@ -111,9 +114,14 @@ def main(args):
     with args.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("network", "quantity", "value"))
-        for name, measure in (("oracle", measure_oracle), ("generator", measure_generator)):
+        for name, measure in (
+            ("oracle", convert),
+            ("oracle", measure_oracle),
+            ("pretrained", convert),
+            ("pretrained", measure_generator),
+        ):
             receiver, sender = spawn.Pipe(duplex=False)
-            process = spawn.Process(target=measure, args=(args, sender.send))
+            process = spawn.Process(target=measure, args=(args, name, sender.send))
             process.start()
             sender.close()
             for quantity, value in receiver.recv().items():

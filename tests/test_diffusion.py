@@ -1,5 +1,6 @@
 """Networks, schedule, sampler and matching loss against formulas written a second time."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,20 +12,21 @@ from scipy.stats import norm
 import simpo_mujoco
 from simpo_mujoco import (
     Args,
-    cosine_schedule,
+    cosine_alpha_bar,
     init_mlp,
     init_state,
     matching_loss,
     mish,
     mlp,
+    policy_velocity,
     q_values,
-    sample,
     sample_actions,
-    velocity,
+    sampler_steps,
 )
 
-T = 3
-ARGS = Args(num_samples=4, diffusion_steps=T, sampling_steps=T, eps_kl=0.5, hidden_dim=16)
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+T, BOUND = 3, 5.0
+ARGS = Args(num_samples=4, diffusion_steps=T, sampling_steps=T, hidden_dim=16, error_bound=BOUND)
 
 
 def naive_mish(x):
@@ -41,7 +43,7 @@ def naive_mlp(layers, x):
 
 
 def naive_velocity(theta, obs, at, t):
-    """vel at [obs | at | embedding of t + 1], each row by itself; t counts from 0."""
+    """The network at [obs | a_t | embedding of t + 1], each row by itself; t counts from 0."""
     freq = 10_000.0 ** -np.linspace(0, 1, 8)
     phase = (np.broadcast_to(t, at.shape[:-1])[..., None] + 1.0) * freq
     embedding = naive_mlp(theta["time"], np.concatenate([np.sin(phase), np.cos(phase)], axis=-1))
@@ -52,7 +54,7 @@ def naive_velocity(theta, obs, at, t):
 @functools.cache
 def tiny_state():
     """Networks for 5 observations and 2 actions, with random biases: zeros would hide a fault."""
-    state = init_state(ARGS, 5, 2, jax.random.key(0))
+    state = jax.jit(init_state, static_argnums=(0, 1, 2))(ARGS, 5, 2, jax.random.key(0))
     rng = np.random.default_rng(1)
     shake = lambda x: x + rng.normal(scale=0.3, size=x.shape).astype(np.float32)  # noqa: E731
     return state._replace(
@@ -99,7 +101,7 @@ def test_q_values_are_plain_networks_of_obs_and_act():
 
 def test_velocity_is_a_plain_network_of_obs_action_and_time():
     theta, (obs, at, _) = tiny_state().theta, random_batch()
-    vel = jax.jit(lambda at, t: velocity(theta, obs, T)(at, t))
+    vel = jax.jit(lambda at, t: policy_velocity(theta, obs, T)(at, t))
     for t in (0, 1, T - 1):
         expected = naive_velocity(theta, obs, at, t)
         np.testing.assert_allclose(vel(at, t), expected, rtol=1e-4, atol=1e-5)
@@ -108,187 +110,153 @@ def test_velocity_is_a_plain_network_of_obs_action_and_time():
     np.testing.assert_allclose(vel(at, t), expected, rtol=1e-4, atol=1e-5)
 
 
-# ---- schedule ---------------------------------------------------------------------------------
+# ---- schedule and sampler ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 20, 100])
-def test_schedule_is_table_4_with_the_posterior_of_ddpm(steps):
-    schedule = [x.astype(np.float64) for x in cosine_schedule(steps)]
-    t, alpha, sigma, coef_a0, coef_last, coef_at, std = schedule
-    assert all(x.shape == (steps,) for x in schedule)
-    assert (t == np.arange(steps)).all() and not coef_last.any()
-    f = [np.cos((t / steps + 0.008) / 1.008 * np.pi / 2) ** 2 for t in range(steps + 1)]
-    np.testing.assert_allclose(alpha[:-1] ** 2, np.array(f[1:-1]) / f[0], rtol=1e-5)
-    np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-6)
-
-    bar = alpha**2
-    before = np.append(1.0, bar[:-1])
-    beta = 1 - bar / before
-    assert beta[-1] == pytest.approx(0.999, rel=1e-4)  # f(T) = 0 would make it 1
-    # q(a_{t-1} | a_t, a0): the product of N(sqrt(before) a0, 1 - before) and the step's likelihood
-    precision = 1 / (1 - before[1:]) + (1 - beta[1:]) / beta[1:]
-    np.testing.assert_allclose(std[1:], precision**-0.5, rtol=1e-3)
-    expected = before[1:] ** 0.5 / (1 - before[1:]) / precision
-    np.testing.assert_allclose(coef_a0[1:], expected, rtol=1e-3)
-    expected = (1 - beta[1:]) ** 0.5 / beta[1:] / precision
-    np.testing.assert_allclose(coef_at[1:], expected, rtol=1e-3)
-    assert (coef_a0[0], coef_at[0], std[0]) == (pytest.approx(1, abs=1e-6), 0, 0)
-    # one step back from q(a_t | a0) is q(a_{t-1} | a0)
-    np.testing.assert_allclose(coef_a0 + coef_at * alpha, before**0.5, rtol=1e-5)
-    np.testing.assert_allclose(std**2 + coef_at**2 * sigma**2, 1 - before, rtol=1e-4, atol=1e-7)
+@pytest.mark.parametrize("levels", [1, 2, 5, 20, 100])
+def test_alpha_bar_is_table_4(levels):
+    bar = cosine_alpha_bar(levels)
+    f = [np.cos((t / levels + 0.008) / 1.008 * np.pi / 2) ** 2 for t in range(levels + 1)]
+    np.testing.assert_allclose(bar[:-1], np.array(f[1:-1]) / f[0], rtol=1e-6)
+    assert bar[-1] == pytest.approx(0.001 * [1, *bar][-2], rel=1e-6)  # f(T) = 0 would make it 0
 
 
-@pytest.mark.parametrize("levels", [1, 2, 7, 20])
-def test_levels_visited_are_distinct_and_hold_both_ends(levels):
-    every = cosine_schedule(levels)
-    for visited in range(1, levels + 1):
-        schedule = cosine_schedule(levels, visited, "ddim")
-        t = schedule.t
-        assert len(t) == visited and (np.diff(t) > 0).all() and t[-1] == levels - 1
-        assert t[0] == 0 or visited == 1
-        np.testing.assert_array_equal(schedule.alpha, every.alpha[t])
-        np.testing.assert_array_equal(schedule.sigma, every.sigma[t])
-    assert (cosine_schedule(20, 5).t == [0, 2, 7, 12, 19]).all()
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm2"])
+def test_levels_visited_are_distinct_and_hold_both_ends(sampler):
+    for levels in (1, 2, 7, 20):
+        bar = cosine_alpha_bar(levels)
+        for visited in range(1, levels + 1):
+            t, alpha, sigma, *_ = steps = sampler_steps(sampler, levels, visited)
+            assert all(x.shape == (visited,) for x in steps)
+            assert (np.diff(t) > 0).all() and t[-1] == levels - 1 and (t[0] == 0 or visited == 1)
+            np.testing.assert_allclose(alpha**2, bar[t], rtol=1e-5)
+            np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-6)
+    assert (sampler_steps(sampler, 20, 5)[0] == [0, 2, 7, 12, 19]).all()
 
 
-@pytest.mark.parametrize("visited", [1, 2, 5, 20])
-def test_deterministic_steps_are_those_of_the_papers(visited):
-    """DDIM by the noise it keeps, DPM-Solver++(2M) in the exponential form of its Algorithm 2."""
+@pytest.mark.parametrize("visited", [1, 2, 6, 20])
+def test_steps_are_those_of_the_papers(visited):
+    """DDPM by the product of q(a_s | a0) and q(a_t | a_s), for the level s visited next, with the
+    std sqrt(beta_t) but for the last step; DPM-Solver++(2M) in the exponential form of its paper's
+    Algorithm 2, of first order in its first step and its last."""
     rng = np.random.default_rng(14)
     at, a0, last = rng.normal(size=(3, visited))
-    ddim, dpm2 = (
-        type(schedule)(*np.float64(schedule))
-        for schedule in (cosine_schedule(20, visited, name) for name in ("ddim", "dpm2"))
-    )
-    step = lambda s: s.coef_a0 * a0 + s.coef_last * last + s.coef_at * at  # noqa: E731
-    assert not (ddim.std.any() or dpm2.std.any() or ddim.coef_last.any())
-    alpha, sigma = np.append(1.0, ddim.alpha), np.append(0.0, ddim.sigma)
-    noise = (at - alpha[1:] * a0) / sigma[1:]
-    np.testing.assert_allclose(step(ddim), alpha[:-1] * a0 + sigma[:-1] * noise, atol=1e-5)
+    ddpm, dpm2 = (np.float64(sampler_steps(name, 20, visited)) for name in ("ddpm", "dpm2"))
+    step = lambda x: x[3] * a0 + x[4] * last + x[5] * at  # noqa: E731
+    bar = cosine_alpha_bar(20)[ddpm[0].astype(int)]
+    bar_next = np.append(1.0, bar[:-1])
+    beta = 1 - bar / bar_next
+    with np.errstate(divide="ignore", invalid="ignore"):  # the last step's precision is infinite
+        precision = 1 / (1 - bar_next) + (1 - beta) / beta
+        mean = bar_next**0.5 / (1 - bar_next) * a0 + (1 - beta) ** 0.5 / beta * at
+        expected = np.append(a0[0], (mean / precision)[1:])
+    np.testing.assert_allclose(step(ddpm), expected, atol=1e-5)
+    np.testing.assert_allclose(ddpm[6], np.append(0, beta[1:] ** 0.5), atol=1e-6)
+
+    alpha, sigma = np.append(1.0, dpm2[1]), np.append(0.0, dpm2[2])
     with np.errstate(divide="ignore"):
         log_snr = np.log(alpha / sigma)
     expected = []
     for i in range(visited):
-        h = log_snr[i] - log_snr[i + 1]
-        mix = a0[i]
+        h, mix = log_snr[i] - log_snr[i + 1], a0[i]
         if 0 < i < visited - 1:
             r = (log_snr[i + 1] - log_snr[i + 2]) / h
             mix = (1 + 1 / (2 * r)) * a0[i] - last[i] / (2 * r)
         expected.append(sigma[i] / sigma[i + 1] * at[i] - alpha[i] * np.expm1(-h) * mix)
     np.testing.assert_allclose(step(dpm2), expected, atol=1e-5)
+    assert not dpm2[6].any()
 
 
-# ---- sampler ----------------------------------------------------------------------------------
+def exact_velocity(levels, means, stds, masses):
+    """alpha E[noise | a_t] - sigma E[a0 | a_t] of a mixture of Gaussians in one dimension."""
+    bar = np.float32(cosine_alpha_bar(levels))
+    means, stds, masses = (np.float32(x).reshape(1, 1, -1) for x in (means, stds, masses))
+
+    def velocity(at, t):  # at [B, N, 1] against modes [1, 1, K]
+        alpha, sigma = jnp.sqrt(jnp.asarray(bar)[t]), jnp.sqrt(1 - jnp.asarray(bar)[t])
+        variance = alpha**2 * stds**2 + sigma**2
+        log_p = jnp.log(masses / variance**0.5) - (at - alpha * means) ** 2 / (2 * variance)
+        a0 = means + alpha * stds**2 / variance * (at - alpha * means)
+        a0 = jnp.sum(jax.nn.softmax(log_p, axis=-1) * a0, axis=-1, keepdims=True)
+        return alpha * (at - alpha * a0) / sigma - sigma * a0
+
+    return velocity
 
 
-def exact_velocity(schedule, means, stds, masses):
-    """v = alpha E[noise | a_t] - sigma E[a0 | a_t] of a mixture of round Gaussians [K, d]."""
-    alpha, sigma = jnp.asarray(schedule.alpha), jnp.asarray(schedule.sigma)
-
-    def vel(at, t):
-        al, si = alpha[t], sigma[t]
-        variance = al**2 * stds**2 + si**2  # [K]
-        offset = at[..., None, :] - (al * means).reshape((1,) * (at.ndim - 1) + means.shape)
-        per_mode = lambda x: x.reshape((1,) * (at.ndim - 1) + (-1,))  # noqa: E731
-        log_p = -0.5 * (offset**2).sum(-1) / per_mode(variance) + per_mode(
-            jnp.log(masses) - at.shape[-1] / 2 * jnp.log(variance)
-        )
-        share = jax.nn.softmax(log_p, axis=-1)[..., None]
-        gain = per_mode(al * stds**2 / variance)[..., None]
-        mean = means.reshape((1,) * (at.ndim - 1) + means.shape)
-        a0 = (share * (mean + gain * offset)).sum(-2)
-        return al * (at - al * a0) / si - si * a0
-
-    return vel
+def draw(monkeypatch, velocity, count, **flags):
+    """sample_actions with another velocity in the place of the network's -> a0 [count]."""
+    args = dataclasses.replace(ARGS, **flags)
+    monkeypatch.setattr(simpo_mujoco, "policy_velocity", lambda *_: velocity)
+    theta = {"net": [{"b": np.zeros(1)}]}
+    sample = jax.jit(lambda key: sample_actions(args, theta, np.zeros((1, 1)), count, key))
+    return np.asarray(sample(jax.random.key(6)), np.float64).reshape(count)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm2"])
-@pytest.mark.parametrize(
-    "means,stds,masses",
-    [
-        ([[0.3]], [0.15], [1.0]),
-        ([[-0.5], [0.6]], [0.1, 0.05], [0.3, 0.7]),
-        ([[-0.5, -0.5], [0.5, 0.0], [-0.2, 0.6]], [0.1, 0.05, 0.15], [0.5, 0.2, 0.3]),
-    ],
-)
-def test_sampler_recovers_a_mixture_from_its_exact_velocity(means, stds, masses, sampler):
-    means, stds, masses = (np.float32(x) for x in (means, stds, masses))
-    levels = 200 if sampler == "dpm2" else 1000  # in the limit of many steps
-    schedule, count = cosine_schedule(levels, sampler=sampler), 12_000
-    vel = exact_velocity(schedule, means, stds, masses)
-    draw = jax.jit(lambda key: sample(vel, schedule, (count, 1, means.shape[1]), key))
-    a0 = np.asarray(draw(jax.random.key(6)), np.float64)[:, 0]
+@pytest.mark.parametrize("sampler,levels", [("ddpm", 1000), ("dpm2", 200)])
+def test_sampler_recovers_a_mixture_from_its_exact_velocity(monkeypatch, sampler, levels):
+    """In the limit of many steps."""
+    means, stds, masses = modes = [-0.5, 0.6], [0.1, 0.05], [0.3, 0.7]
+    flags = {"sampler": sampler, "diffusion_steps": levels, "sampling_steps": levels}
+    a0 = draw(monkeypatch, exact_velocity(levels, *modes), 12_000, **flags)
     assert np.abs(a0).max() <= 1
-    mode = np.argmin(((a0[:, None] - means) ** 2).sum(-1) / stds**2, axis=-1)
-    for k in range(len(means)):
-        ours = a0[mode == k]
-        assert len(ours) / count == pytest.approx(masses[k], abs=0.015)
-        np.testing.assert_allclose(ours.mean(0), means[k], atol=0.008)
-        np.testing.assert_allclose(ours.std(0), stds[k], rtol=0.07)
-    mean = (masses[:, None] * means).sum(0)
-    covariance = np.diag(np.full(means.shape[1], (masses * stds**2).sum()))
-    covariance += (means - mean).T @ np.diag(masses) @ (means - mean)
-    np.testing.assert_allclose(a0.mean(0), mean, atol=0.016)
-    np.testing.assert_allclose(np.cov(a0.T).reshape(covariance.shape), covariance, atol=0.01)
+    for k, ours in enumerate((a0[a0 < 0], a0[a0 > 0])):
+        assert len(ours) / len(a0) == pytest.approx(masses[k], abs=0.015)
+        assert ours.mean() == pytest.approx(means[k], abs=0.008)
+        assert ours.std() == pytest.approx(stds[k], rel=0.07)
 
 
-def moments_after(schedule, mean, std):
-    """Mean and std of the samples for data N(mean, std^2): every step is linear in a_t and in the
-    a0 predicted before it."""
-    m, cov = np.zeros(2), np.diag([1.0, 0.0])  # of (a_t, last)
-    for _, alpha, sigma, coef_a0, coef_last, coef_at, noise in np.float64(schedule).T[::-1]:
+def moments_after(sampler, visited, mean, std):
+    """Mean and std of the last a0 predicted for data N(mean, std^2) and T = 20: every step is
+    linear in a_t and in the a0 predicted before it."""
+    m, cov = np.zeros(2), np.diag([1.0, 0.0])  # of (a_t, last a0)
+    steps = np.float64(sampler_steps(sampler, 20, visited)).T
+    for _, alpha, sigma, coef_a0, coef_last, coef_at, noise in steps[::-1]:
         gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)  # E[a0 | a_t] = mean + gain (...)
         rest = mean - gain * alpha * mean
         step = np.array([[coef_a0 * gain + coef_at, coef_last], [gain, 0]])
         m = step @ m + np.array([coef_a0 * rest, rest])
         cov = step @ cov @ step.T + np.diag([noise**2, 0])
-    return m[0], cov[0, 0] ** 0.5
+    return m[1], cov[1, 1] ** 0.5
 
 
-@pytest.mark.parametrize("sampler,visited", [("ddpm", 20), ("ddpm", 6), ("ddim", 5), ("dpm2", 5)])
-def test_sampler_is_the_linear_recursion_for_one_gaussian(sampler, visited):
+@pytest.mark.parametrize("sampler,visited", [("ddpm", 20), ("ddpm", 6), ("dpm2", 6)])
+def test_sampler_is_the_linear_recursion_for_one_gaussian(monkeypatch, sampler, visited):
     """With few steps too: for N(0.2, 0.15^2) every step is linear, its moments follow exactly."""
-    mean, std = 0.2, 0.15
-    schedule = cosine_schedule(20, visited, sampler)
-    exact = exact_velocity(cosine_schedule(20), *map(np.float32, ([[mean]], [std], [1.0])))
-    a0 = jax.jit(lambda key: sample(exact, schedule, (60_000, 1, 1), key))(jax.random.key(6))
-    m, s = moments_after(schedule, mean, std)
-    assert float(a0.mean()) == pytest.approx(m, abs=0.002)
-    assert float(a0.std()) == pytest.approx(s, rel=0.01)
+    flags = {"sampler": sampler, "diffusion_steps": 20, "sampling_steps": visited}
+    a0 = draw(monkeypatch, exact_velocity(20, [0.2], [0.15], [1.0]), 60_000, **flags)
+    mean, std = moments_after(sampler, visited, 0.2, 0.15)
+    assert a0.mean() == pytest.approx(mean, abs=0.002)
+    assert a0.std() == pytest.approx(std, rel=0.01)
 
 
-def test_five_second_order_steps_keep_more_spread_than_twenty_of_ddpm():
-    for std in (0.5, 0.3, 0.1):
-        few, many = cosine_schedule(20, 5, "dpm2"), cosine_schedule(20)
-        assert moments_after(many, 0, std)[1] < moments_after(few, 0, std)[1] < std
+def test_spread_left_by_one_pass_of_the_sampler():
+    """ddpm does not narrow a policy that is refitted to its samples, dpm2 with six steps a bit."""
+    for std in (0.3, 0.1):
+        assert moments_after("ddpm", 20, 0, std)[1] > std
+        assert std > moments_after("dpm2", 6, 0, std)[1] > 0.65 * std
 
 
-def test_sampler_clips_the_predicted_action():
+@pytest.mark.parametrize("levels", [1, 4])
+def test_sampler_clips_the_predicted_action(monkeypatch, levels):
     """A prediction outside the range ends on its edge, at every number of steps."""
-    for steps in (1, 4):
-        schedule = cosine_schedule(steps)
-        alpha, sigma = jnp.asarray(schedule.alpha), jnp.asarray(schedule.sigma)
+    bar = np.float32(cosine_alpha_bar(levels))
+    for predicted, expected in ((3.0, 1.0), (-3.0, -1.0), (0.25, 0.25)):
 
-        def vel(at, t, alpha=alpha, sigma=sigma):  # predicts a0 = 3, -3 and 0.25
-            a0 = jnp.broadcast_to(jnp.float32([3, -3, 0.25]).reshape(1, 1, 3), at.shape)
-            return (alpha[t] * at - a0) / sigma[t]
+        def velocity(at, t, a0=predicted):
+            alpha_bar = jnp.asarray(bar)[t]
+            return (jnp.sqrt(alpha_bar) * at - a0) / jnp.sqrt(1 - alpha_bar)
 
-        a0 = sample(vel, schedule, (5, 2, 3), jax.random.key(7))
-        expected = np.broadcast_to(np.float32([1, -1, 0.25]), (5, 2, 3))
+        a0 = draw(monkeypatch, velocity, 5, diffusion_steps=levels, sampling_steps=levels)
         np.testing.assert_allclose(a0, expected, atol=1e-5)
 
 
 def test_sample_actions_shape_range_and_randomness():
-    obs = random_batch()[0]
-    draw = jax.jit(functools.partial(sample_actions, ARGS))
-    theta = init_state(ARGS, 5, 2, jax.random.key(0)).theta  # fresh: hardly clipped yet
-    a0 = np.asarray(draw(theta, obs, jax.random.key(8)))
+    obs, theta = random_batch()[0], tiny_state().theta
+    sample = jax.jit(functools.partial(sample_actions, ARGS), static_argnums=2)
+    a0, again, other = (np.asarray(sample(theta, obs, 4, jax.random.key(i))) for i in (8, 8, 9))
     assert a0.shape == (6, 4, 2) and np.abs(a0).max() <= 1
-    assert a0.std(axis=1).min() > 1e-3  # the N samples of a state differ
-    again = draw(theta, obs, jax.random.key(8))
-    other = draw(theta, obs, jax.random.key(9))
+    assert a0.std(axis=1).mean() > 1e-2 and np.abs(a0 - other).max() > 1e-2
     np.testing.assert_array_equal(a0, again)
-    assert np.abs(a0 - other).max() > 1e-2
 
 
 # ---- matching loss ----------------------------------------------------------------------------
@@ -299,7 +267,7 @@ def test_matching_loss_equals_a_second_evaluation(monkeypatch):
     asked = []
 
     def recording(theta, obs, num_steps):
-        vel = velocity(theta, obs, num_steps)
+        vel = policy_velocity(theta, obs, num_steps)
 
         def record(at, t):
             asked.append((np.float64(at), np.asarray(t)))
@@ -307,18 +275,16 @@ def test_matching_loss_equals_a_second_evaluation(monkeypatch):
 
         return record
 
-    monkeypatch.setattr(simpo_mujoco, "velocity", recording)
+    monkeypatch.setattr(simpo_mujoco, "policy_velocity", recording)
     theta, (obs, a0, w) = tiny_state().theta, random_batch(10, b=200)
     loss = matching_loss(theta, ARGS, obs, a0, w, jax.random.key(11))
     [(at, t)] = asked
-    schedule = cosine_schedule(T)
-    alpha, sigma = (
-        np.float64(schedule.alpha)[t][..., None],
-        np.float64(schedule.sigma)[t][..., None],
-    )
+    bar = cosine_alpha_bar(T)[t][..., None]
+    alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
     noise = (at - alpha * a0) / sigma
-    error = naive_velocity(theta, obs, at, t) - (alpha * noise - sigma * a0)
-    expected = np.mean(w * np.sum(error**2, axis=-1))
+    error = (naive_velocity(theta, obs, at, t) - (alpha * noise - sigma * a0)) ** 2
+    assert 0.02 < np.mean(error > BOUND) < 0.5  # each dimension of an action has its own bound
+    expected = np.mean(w * np.sum(np.minimum(error, BOUND), axis=-1))
     assert float(loss) == pytest.approx(expected, rel=1e-4)
     # t is uniform on all T steps, the noise standard normal, both anew for each sample
     assert t.shape == (200, 4) and noise.shape == (200, 4, 2)
@@ -350,10 +316,13 @@ def test_signed_matching_reaches_the_closed_form_of_eq_8(monkeypatch):
     actions = np.float64([-0.7, -0.1, 0.3, 0.8])
     w = np.float64([-0.6, 0.5, 1.7, 2.4])  # mean 1, one sample repels
     edges = np.linspace(-2.4, 2.4, 17)
-    schedule = [np.float64(x)[:, None, None] for x in cosine_schedule(T)[1:3]]
+    bar = cosine_alpha_bar(T)[:, None, None]
 
     # Exact: a_t in [lo, hi] means that the noise of a0 is in [lo - alpha a0, hi - alpha a0] / sigma
-    alpha, sigma = schedule  # [T, 1, 1] against bins [1, K, 1] and actions [1, 1, 4]
+    alpha, sigma = (
+        np.sqrt(bar),
+        np.sqrt(1 - bar),
+    )  # [T, 1, 1] against bins [1, K, 1] and actions [1, 1, 4]
     low, high = ((x[None, :, None] - alpha * actions) / sigma for x in (edges[:-1], edges[1:]))
     p = norm.cdf(high) - norm.cdf(low)  # P(a_t in bin | a0)
     moment = norm.pdf(low) - norm.pdf(high)  # E[noise; a_t in bin | a0]
@@ -370,17 +339,19 @@ def test_signed_matching_reaches_the_closed_form_of_eq_8(monkeypatch):
 
         return vel
 
-    monkeypatch.setattr(simpo_mujoco, "velocity", table_velocity)
+    monkeypatch.setattr(simpo_mujoco, "policy_velocity", table_velocity)
     count = 200_000
     obs = jnp.zeros((1, 1))
     a0 = jnp.tile(jnp.float32(actions), count)[None, :, None]
     weight = jnp.tile(jnp.float32(w), count)[None]
 
+    args = dataclasses.replace(ARGS, error_bound=1e9)
+
     @jax.jit
     def train(table, rate, steps=150):
         gradient = jax.grad(matching_loss)
         descend = lambda table, _: (  # noqa: E731
-            table - rate * gradient(table, ARGS, obs, a0, weight, jax.random.key(13)),
+            table - rate * gradient(table, args, obs, a0, weight, jax.random.key(13)),
             None,
         )
         return jax.lax.scan(descend, table, length=steps)[0]

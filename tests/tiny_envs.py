@@ -1,19 +1,26 @@
-"""Small environments for the tests; `tiny_envs:Point-v0` and the like register them."""
+"""Small environments for the tests, each of one kind of trouble: `tiny_envs:Point-v0` and so on."""
+
+import os
+import signal
 
 import gymnasium as gym
 import numpy as np
 
 
 class Point(gym.Env):
-    """obs [position, clock, 1]; the action moves the position, reward -position^2, never ends.
+    """obs [position, clock, 1]; the action moves the position, reward -position^2; a TimeLimit ends
+    it. Class attributes are what the kinds below change."""
 
-    `terminate_at`, `nan_reward_at` and `nan_obs_at` are steps of an episode, or None.
-    """
+    low, high, act_dtype, bias = -1.0, 3.0, np.float32, 0.0
+    metadata = {"render_modes": ["rgb_array"]}
+    opened = closed = 0  # over all kinds, as is `left`: the steps until `signal` comes
+    left, signal = int(os.environ.get("KILL_AFTER", 0)), signal.SIGKILL
 
-    def __init__(self, low=-1.0, high=3.0, terminate_at=None, nan_reward_at=None):
+    def __init__(self, render_mode=None):
+        Point.opened += 1
+        self.render_mode = render_mode
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
-        self.action_space = gym.spaces.Box(np.float32([low]), np.float32([high]))
-        self.terminate_at, self.nan_reward_at, self.nan_obs_at = terminate_at, nan_reward_at, None
+        self.action_space = gym.spaces.Box(self.low, self.high, (1,), self.act_dtype)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -21,46 +28,175 @@ class Point(gym.Env):
         return self.observe(), {}
 
     def step(self, action):
+        assert self.action_space.contains(action), action
+        Point.left -= 1
+        if Point.left == 0:
+            os.kill(os.getpid(), Point.signal)
         self.clock += 1
         self.position += 0.1 * float(action[0]) + 0.01 * self.np_random.normal()
-        reward = np.nan if self.clock == self.nan_reward_at else -(self.position**2)
-        return self.observe(), reward, self.clock == self.terminate_at, False, {}
+        return self.observe(), self.reward(), self.ends(), False, {}
 
     def observe(self):
-        position = np.nan if self.clock and self.clock == self.nan_obs_at else self.position
-        return np.array([position, self.clock / 100, 1.0])
+        return np.array([self.position, self.clock / 100, 1.0])
+
+    def reward(self):
+        return self.bias - self.position**2
+
+    def ends(self):
+        return False
+
+    def render(self):
+        return np.full((32, 48, 3), self.clock, np.uint8)
+
+    def close(self):
+        Point.closed += 1
+
+
+# ---- arrays, numbers and flags as environments return them -------------------------------------
+
+
+class OneBuffer(Point):
+    """All observations of all episodes are one array."""
+
+    def observe(self):
+        self.buffer = getattr(self, "buffer", np.zeros(3))
+        self.buffer[:] = super().observe()
+        return self.buffer
+
+
+class Lists(Point):
+    """An observation as a list, a reward of shape (1,), integers as flags, anything in info."""
+
+    def observe(self):
+        return super().observe().tolist()
+
+    def reward(self):
+        return np.array([super().reward()])
+
+    def step(self, action):
+        obs, reward, _, _, _ = super().step(action)
+        info = {"final_obs": self.clock, "episode": None, "contacts": np.zeros(self.clock % 3)}
+        return obs, reward, 0, int(self.clock == 9), info | {str(self.clock): "text"}
+
+
+class TwoRewards(Point):
+    def reward(self):
+        return np.zeros(2)
+
+
+class WrongObs(Point):
+    def observe(self):
+        return super().observe()[:2]
+
+
+class Nan(Point):
+    """Not finite in float32 at one place: kind = reset, observation or reward; later than it."""
+
+    kind, value, after = "observation", np.nan, 7
+
+    def observe(self):
+        obs = super().observe()
+        at = 0 if self.kind == "reset" else self.after
+        obs[1] = self.value if self.kind != "reward" and self.clock == at else obs[1]
+        return obs
+
+    def reward(self):
+        return self.value if (self.kind, self.clock) == ("reward", self.after) else 0.0
+
+
+class Both(Point):
+    """Terminated and truncated in one step."""
+
+    def ends(self):
+        return self.clock == 6
+
+
+class Huge(Point):
+    """Rewards that no critic can fit."""
+
+    bias = 1e20
+
+
+class GlobalRandom(Point):
+    """Draws its starts from numpy's global generator."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position = np.random.normal()
+        return self.observe(), {}
+
+
+# ---- spaces ------------------------------------------------------------------------------------
+
+
+class Narrow(Point):
+    """0.1 is 0.100000001 in float32: rounding leads out of the space."""
+
+    low, high = -1.0, 0.1
+
+
+class Wide(Narrow):
+    act_dtype = np.float64
 
 
 class Unbounded(Point):
-    def __init__(self):
-        super().__init__(low=-np.inf, high=np.inf)
+    low, high = -np.inf, np.inf
+
+
+class HalfBounded(Point):
+    low = -np.inf
 
 
 class Whole(Point):
-    """Integer actions in a Box."""
+    act_dtype = np.int64
 
+
+class NoAction(Point):
     def __init__(self):
         super().__init__()
-        self.action_space = gym.spaces.Box(-1, 1, (1,), np.int64)
+        self.action_space = gym.spaces.Box(-1, 1, (0,))
 
 
 class Image(Point):
-    """An observation of two dimensions."""
-
     def __init__(self):
         super().__init__()
         self.observation_space = gym.spaces.Box(-1, 1, (2, 2))
 
-    def observe(self):
-        return np.zeros((2, 2), np.float32)
+
+class Goal(Point):
+    def __init__(self):
+        super().__init__()
+        self.observation_space = gym.spaces.Dict(goal=self.observation_space)
 
 
-HOPPER = "gymnasium.envs.mujoco.hopper_v4:HopperEnv"
-register = gym.register
-register("Point-v0", Point, max_episode_steps=50)
-register("Nan-v0", Point, max_episode_steps=500, kwargs={"nan_reward_at": 77})
-register("Both-v0", Point, max_episode_steps=6, kwargs={"terminate_at": 6})  # both flags at once
-register("ShortHopper-v0", HOPPER, max_episode_steps=7)
-register("Unbounded-v0", Unbounded)
-register("Whole-v0", Whole)
-register("Image-v0", Image)
+# ---- films -------------------------------------------------------------------------------------
+
+
+class NoRenderMode(Point):
+    def __init__(self):
+        super().__init__()
+
+
+class NoDriver(Point):
+    def render(self):
+        raise RuntimeError("no graphics\ndriver")
+
+
+class LosesDriver(Point):
+    """Renders so many frames, and then no more."""
+
+    frames = 60
+
+    def render(self):
+        LosesDriver.frames -= 1
+        if LosesDriver.frames < 0:
+            raise RuntimeError("the driver is gone")
+        return super().render()
+
+
+KINDS = [x for x in list(globals().values()) if isinstance(x, type) and issubclass(x, Point)]
+for kind in KINDS:
+    gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=50)
+gym.register("Short-v0", Point, max_episode_steps=7)
+gym.register("Endless-v0", Point)
+gym.register("ShortHopper-v0", "gymnasium.envs.mujoco.hopper_v4:HopperEnv", max_episode_steps=7)

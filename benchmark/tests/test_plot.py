@@ -244,3 +244,9 @@ def test_report_prints_and_refuses(tmp_path):
     for name in ("b.csv", "none.csv"):
         end = subprocess.run([*command, tmp_path / name], capture_output=True, text=True)
         assert end.returncode == 2 and end.stderr.count("\n") == 1 and name in end.stderr
+
+
+def test_a_seed_that_is_behind_does_not_count():
+    last = {("Own-v0", "Exp"): {1: (10, 100.0), 2: (10, 200.0), 3: (5, 900.0)}}
+    texts, budget = report.cells(last)
+    assert texts == {("Own-v0", "Exp"): "150 +- 71"} and "10 environment steps and 2 " in budget

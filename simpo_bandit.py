@@ -106,11 +106,8 @@ def mish(x):
 def init_mlp(key, sizes):
     """[{"w": [in, out], "b": [out]}, ...]: truncated normal of variance 1 / in, and zeros."""
     init, keys = jax.nn.initializers.lecun_normal(), jax.random.split(key, len(sizes) - 1)
-    shapes = zip(sizes[:-1], sizes[1:], strict=True)
-    return [
-        {"w": init(k, shape), "b": jnp.zeros(shape[1])}
-        for k, shape in zip(keys, shapes, strict=True)
-    ]
+    layers = zip(keys, sizes[:-1], sizes[1:], strict=True)
+    return [{"w": init(k, (n_in, n_out)), "b": jnp.zeros(n_out)} for k, n_in, n_out in layers]
 
 
 def dense(layer, x):
@@ -118,7 +115,6 @@ def dense(layer, x):
 
 
 def mlp(layers, x):
-    """Mish between layers, none after the last: x [..., in] -> [..., out]."""
     for layer in layers[:-1]:
         x = mish(dense(layer, x))
     return dense(layers[-1], x)

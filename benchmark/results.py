@@ -1,22 +1,30 @@
-"""What run folders hold: how far a run is, results.csv and results.runs.csv. Used by run.py."""
+"""Joins run folders into one CSV, a row for each evaluation episode, and one with a row a run.
 
+    python benchmark/results.py runs/table2/* --out runs/table2.csv
+
+Writes table2.csv (task, method, seed, and the columns of the runs' eval.csv; for DNA those of
+metrics.csv, whose own "method" becomes "row") and table2.runs.csv (task, method, seed, status,
+step, attempts, seconds, device, jax, commit, flags; what only run.py knows is empty for runs that
+it did not start). A folder {task}__{method}__{seed} says what it holds; of any other, args.json.
+"""
+
+import argparse
 import csv
 import io
 import json
 import os
-import shlex
+import sys
+from pathlib import Path
 
-from experiments import BANDIT, DMC, DNA, EXPERIMENTS, MUJOCO, Run
+HEAD = "task", "method", "seed"
+TABLES = "eval.csv", "metrics.csv"  # of simpo_mujoco.py and simpo_dmc.py, of simpo_dna.py
+PLACE = "run_dir", "resume", "evaluate"  # flags that say where a run is, not what
 
-RESULTS = {MUJOCO: "eval.csv", DMC: "eval.csv", BANDIT: "curves.csv", DNA: "metrics.csv"}
-HEAD = ("experiment", "task", "method", "seed", "setting")
 
-
-def write_atomically(path, text):
-    """A reader finds the file of before or this one, whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+def fail(message):
+    """One line and exit code 2, as from the trainers."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
 
 
 def read_json(path):
@@ -27,91 +35,116 @@ def read_json(path):
         return {}
 
 
-def read_rows(folder, script):
-    """Rows of a run's result file as dicts, less a last line that is just being written."""
-    try:
-        text = (folder / RESULTS[script]).read_text()
-    except OSError:
-        return []
-    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+def write_atomically(path, text):
+    """A reader finds the file of before or this one, whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
-def share_done(folder, script):
-    """Share of a run that is done, in [0, 1], by its evaluations; 1 once all results are there."""
-    args = read_json(folder / "args.json")
-    if script == BANDIT:
-        return float(any(folder.glob("figure*.pdf")))
-    if script == DNA:
+def read_rows(folder):
+    """Rows of a run's table as dicts, less a last line that is just being written."""
+    for path in (folder / name for name in TABLES):
+        if path.exists():
+            text = path.read_text()
+            return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+    return []
+
+
+def share_done(folder):
+    """Share of a run that is done, in [0, 1], by its evaluations; 1 once all of it is there."""
+    args, rows = read_json(folder / "args.json"), read_rows(folder)
+    if "total_timesteps" not in args:  # DNA, whose table comes last
         last = "pretrained.npz" if args.get("pretrain_only") else "metrics.csv"
-        return float((folder / last).exists())
-    rows = read_rows(folder, script) if args else []
-    return min(int(rows[-1]["step"]) / args["total_timesteps"], 1.0) if rows else 0.0
+        return float(bool(args) and (folder / last).exists())
+    share = int(rows[-1]["step"]) / args["total_timesteps"] if rows else 0.0
+    return min(share, 0.999 if (folder / "replay.dat").exists() else 1.0)
 
 
-def status(root, run):
-    """ "done" or "diverged"; else "unfinished", also where the record of a run that was not
-    complete has other flags: the script then sees these beside --resume and refuses them."""
-    record = read_json(root / "logs" / f"{run.name}.json")
-    if record.get("flags") != list(run.flags):
-        return "unfinished"
-    missing = record["status"] == "done" and share_done(root / run.name, run.script) < 1
-    return "unfinished" if missing else record["status"]
+def task_of(args):
+    """Name of a task by the flags of its run."""
+    if "env_id" in args:
+        return args["env_id"]
+    if "domain" in args:
+        stock = "" if args["reward"] == "stock" else f"-{args['reward']}"
+        return f"{args['domain']}-{args['task']}{stock}"
+    return Path(args.get("data") or "generated").name.split(".")[0]
 
 
-def records(root, experiment):
-    """(Run, its record) of every run of an experiment that was started in root, in the order of
-    its table, whatever was asked for last."""
-    names = [*EXPERIMENTS[experiment].tasks, *EXPERIMENTS[experiment].methods]
-    fields, found = Run.__dataclass_fields__, []
-    for path in (root / "logs").glob("*.json"):
-        record = read_json(path)
-        if record.get("experiment") == experiment:
-            found.append((Run(**{name: record[name] for name in fields}), record))
-
-    def place(pair):
-        run = pair[0]
-        order = [names.index(x) if x in names else -1 for x in (run.task, run.method)]
-        return order[0], run.task, order[1], int(run.seed.split("-")[0]), run.seed
-
-    return sorted(found, key=place)
+def method_of(args):
+    """Name of a weighting by the flags of its run, as in the table of experiments.py."""
+    return args["weighting"] + "_neg" * (args["neg_clip"] < 0)
 
 
-def result_rows(root, experiment):
-    """Rows of results.csv: HEAD, and what the script's file has beside that."""
-    for run, _ in records(root, experiment):
-        head = {name: getattr(run, name) for name in HEAD}
-        for row in read_rows(root / run.name, run.script):
-            if run.script == DNA:  # a run's table also has rows of the peers
-                row = {"row": row.pop("method"), **row}
-            if run.script == BANDIT:  # its seed takes the place of the range
-                del row["landscape"], row["method"]
-            yield head | row
+def identify(folder):
+    """-> task, method, seed of a run folder, or None for what is no run folder."""
+    args, parts = read_json(folder / "args.json"), folder.name.split("__")
+    if not args:
+        return None
+    return parts if len(parts) == 3 else [task_of(args), method_of(args), str(args["seed"])]
 
 
-def run_rows(root, experiment):
-    """Rows of results.runs.csv."""
-    for run, record in records(root, experiment):
-        rows = read_rows(root / run.name, run.script)
-        versions = read_json(root / run.name / "versions.json")
-        yield {name: getattr(run, name) for name in HEAD} | {
-            "status": record["status"],
-            "step": next((rows[-1][x] for x in ("step", "epoch") if rows and x in rows[-1]), ""),
-            "attempts": record["attempts"],
-            "seconds": round(record["seconds"]),
-            "device": record["device"],
-            "python": versions.get("python", ""),
-            "jax": versions.get("jax", ""),
-            "commit": record["commit"],
-            "flags": shlex.join(run.flags).replace(f"{root}/", ""),
-        }
+def flags_of(args):
+    """All flags of a run as text."""
+    given = {k: x for k, x in args.items() if k not in PLACE and x is not None and x is not False}
+    return " ".join(f"--{k.replace('_', '-')} {x}".removesuffix(" True") for k, x in given.items())
 
 
-def write_results(root, experiment, out):
-    """Rebuilds both CSVs from the run folders; equal folders give equal bytes of the first."""
-    both = (out, result_rows), (out.with_suffix(".runs.csv"), run_rows)
-    for path, make in both:
-        rows, text = list(make(root, experiment)), io.StringIO()
-        writer = csv.DictWriter(text, rows[0] if rows else HEAD, lineterminator="\n")
+def run_row(folder, rows):
+    """What a row of .runs.csv has beside task, method and seed."""
+    record = read_json(folder.parent / "logs" / f"{folder.name}.json")
+    versions = read_json(folder / "versions.json")
+    return {
+        "status": "done" if share_done(folder) == 1 else record.get("status", "unfinished"),
+        "step": rows[-1].get("step", "") if rows else "",
+        "attempts": record.get("attempts", ""),
+        "seconds": round(record["seconds"]) if record else "",
+        "device": record.get("device", ""),
+        "jax": versions.get("jax", ""),
+        "commit": versions.get("commit", "")[:7],
+        "flags": flags_of(read_json(folder / "args.json")),
+    }
+
+
+def join(folders):
+    """-> rows of the CSV and of its .runs.csv, in order of task, method and seed."""
+    rows, runs, owner = [], [], {}
+    for folder in folders:
+        if (name := identify(folder)) is None:
+            continue
+        if owner.setdefault(tuple(name), folder) != folder:
+            rule = "rename one {task}__{method}__{seed}"
+            fail(f"{folder} and {owner[tuple(name)]} both hold {' '.join(name)}: {rule}")
+        head, table = dict(zip(HEAD, name, strict=True)), read_rows(folder)
+        runs.append(head | run_row(folder, table))
+        rows += [head | {"row" if k in HEAD else k: x for k, x in row.items()} for row in table]
+
+    def place(row):  # sorting keeps the order of a run's rows
+        return row["task"], row["method"], int(row["seed"])
+
+    return sorted(rows, key=place), sorted(runs, key=place)
+
+
+def write_results(folders, out):
+    """Rebuilds both CSVs; equal folders give equal bytes of the first."""
+    for path, rows in zip((out, out.with_suffix(".runs.csv")), join(folders), strict=True):
+        columns, text = dict.fromkeys(name for row in rows for name in row), io.StringIO()
+        writer = csv.DictWriter(text, columns or HEAD, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(path, text.getvalue())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--out", required=True, type=Path, help="the CSV to write")
+    args = parser.parse_args()
+    if not any(identify(folder) for folder in args.runs):
+        fail("no run folder among these")
+    write_results(args.runs, args.out)
+    print(f"wrote {args.out} and {args.out.with_suffix('.runs.csv')}")
+
+
+if __name__ == "__main__":
+    main()

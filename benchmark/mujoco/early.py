@@ -1,0 +1,46 @@
+"""Draws early.csv: the first steps of three tasks, by the choices that the paper leaves open.
+
+    python benchmark/mujoco/early.py --out early.png
+
+docs/mujoco.md has the commands behind the rows. One seed each.
+"""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import tyro
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = {"newest policy": "tab:gray", "pi_old, M = 1": "tab:olive", "pi_old, M = 4": "tab:red"}
+
+
+def main(out: Path = Path("early.png")):
+    curves = defaultdict(list)
+    with (Path(__file__).parent / "early.csv").open() as file:
+        for row in csv.DictReader(file):
+            point = float(row["step"]) / 1000, float(row["mean_return"])
+            curves[row["task"], row["variant"]].append(point)
+    tasks = sorted({task for task, _ in curves})
+    figure, axes = plt.subplots(1, len(tasks), figsize=(9, 2.8), layout="constrained")
+    for axis, task in zip(axes, tasks, strict=True):
+        for variant, colour in COLOURS.items():
+            if (task, variant) in curves:
+                axis.plot(*zip(*curves[task, variant], strict=True), color=colour, label=variant)
+        axis.set(title=task, xlabel="environment steps / 1000", xlim=(0, 200))
+        axis.set_ylim(
+            top=1.05
+            * max(y for key in curves if key[0] == task for x, y in curves[key] if x <= 200)
+        )
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("return")
+    handles = [plt.Line2D([], [], color=colour) for colour in COLOURS.values()]
+    figure.legend(handles, COLOURS, loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(out, dpi=150)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -24,7 +24,9 @@ def commands():
 
 
 @pytest.mark.parametrize("file,script,line", sorted(set(commands())))
-def test_command_parses(file, script, line):
+def test_command_parses(file, script, line, tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").touch()  # --track asks whether there is one
+    monkeypatch.syspath_prepend(tmp_path)
     args, tokens = importlib.import_module(script).Args, shlex.split(line)
     fields = args.__dataclass_fields__.values()
     flags = {"--" + field.name.replace("_", "-") for field in fields}

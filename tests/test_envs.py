@@ -9,7 +9,7 @@ import tiny_envs
 from conftest import POINT, assert_refused, run_main, stop_after
 
 import simpo_mujoco
-from simpo_mujoco import EVAL_SEED, Args, Replay, make_env, make_envs, reset_envs
+from simpo_mujoco import EVAL_SEED, Args, Replay, make_env, make_envs
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 ARGS = Args(num_envs=3, seed=5)
@@ -79,8 +79,8 @@ def test_rows_written_after_a_checkpoint_do_not_hide_sampled_ones(tmp_path, ever
 def test_replay_takes_its_disk_at_the_start_or_is_refused(tmp_path, capsys):
     """A memory-mapped file that finds the disk full later dies of SIGBUS."""
     path = tmp_path / "replay.dat"
-    Replay(replay_args(buffer_size=1500), path, 700, 0)
-    assert path.stat().st_size == 3000 * 700 * 4 <= path.stat().st_blocks * 512
+    size = Replay(replay_args(buffer_size=1500), path, 700, 0).rows.nbytes
+    assert size == path.stat().st_size <= path.stat().st_blocks * 512
     path.unlink()
     with pytest.raises(SystemExit) as end:  # no run without its rows
         Replay(replay_args(buffer_size=1500), path, 700, 30)
@@ -145,7 +145,7 @@ def test_stored_transitions_equal_a_simulation_of_each_environment(tmp_path, kin
 def test_a_run_of_two_seeds_starts_elsewhere_and_evaluations_never_do():
     for env_id in ("tiny_envs:Point-v0", "tiny_envs:GlobalRandom-v0", "Pendulum-v1"):
         envs = make_envs(with_env(env_id))
-        starts = [reset_envs(envs, seed) for seed in (3, EVAL_SEED, 3, EVAL_SEED, 2**30)]
+        starts = [envs.reset(seed=seed)[0] for seed in (3, EVAL_SEED, 3, EVAL_SEED, 2**30)]
         np.testing.assert_array_equal(starts[0], starts[2])
         np.testing.assert_array_equal(starts[1], starts[3])
         assert len(np.unique(np.concatenate(starts)[:, 0])) == 9, env_id
@@ -168,11 +168,11 @@ def test_a_value_that_is_not_finite_in_float32_names_its_place(monkeypatch, caps
     envs = make_envs(with_env("tiny_envs:Nan-v0"))
     for name, x in (("value", value), ("kind", kind), ("after", 4)):
         monkeypatch.setattr(tiny_envs.Nan, name, 0.0 if name == "value" else x)
-    reset_envs(envs, 0)
+    envs.reset(seed=0)
     monkeypatch.setattr(envs.envs[1].unwrapped, "value", value, raising=False)
     if kind == "reset":
         with ends_with(capsys, 1, "first observation", "environment 1", "not finite"):
-            reset_envs(envs, 0)
+            envs.reset(seed=0)
         return
     for _ in range(3):
         envs.step(np.zeros((3, 1), np.float32))
@@ -186,7 +186,7 @@ def test_a_value_that_is_not_finite_in_float32_names_its_place(monkeypatch, caps
 def test_a_value_of_another_shape_is_named(capsys, kind, mentions):
     envs = make_envs(with_env(f"tiny_envs:{kind}-v0"))
     with ends_with(capsys, 1, *mentions):
-        reset_envs(envs, 0)
+        envs.reset(seed=0)
         envs.step(np.zeros((3, 1), np.float32))
 
 

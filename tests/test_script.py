@@ -329,7 +329,8 @@ BAD = """
 
 
 @pytest.mark.parametrize("line", [x.strip() for x in re.split(r"[|\n]", BAD) if x.strip()])
-def test_bad_input_names_its_flag(tmp_path, line):
+def test_bad_input_names_its_flag(tmp_path, monkeypatch, line):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     flags, _, mention = line.partition(" => ")
     code, out, err = call(tmp_path, *flags.split())
     assert code == 2 and "Traceback" not in err, err

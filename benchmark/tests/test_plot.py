@@ -85,6 +85,11 @@ def test_mean_and_interval_over_seeds(tmp_path):
     np.testing.assert_allclose([low[1], high[1]], 6)
     # of the 27 equal draws of three seeds the lowest and the highest, 1/27 each, end the interval
     assert (low[0], high[0]) == (1, 5)
+    many = [runs[0]._replace(y=np.full(2, y)) for y in np.random.default_rng(0).normal(size=40)]
+    many = [run._replace(x=np.arange(2)) for run in many]
+    _, _, low, high = plot.average(many)
+    std = np.std([run.y[0] for run in many], ddof=1)
+    np.testing.assert_allclose((high - low) / 2, 1.96 * std / np.sqrt(40), rtol=0.1)
     x, mean, low, high = plot.average(runs[:1])
     assert len(x) == 3 and (low == mean).all() and (high == mean).all()
 
@@ -103,16 +108,16 @@ def test_events_of_a_run_that_was_killed_and_resumed(tmp_path):
     """The break of a day is no work, and what was logged after the checkpoint is logged again."""
     folder = write_run(tmp_path)
     first, second = (folder / f"events.out.tfevents.{i}" for i in (1, 2))
-    write_events(first, 1000, {5: (3600, 0.5), 10: (7200, 0.7), 15: (9000, 9)})
+    write_events(first, 1000, {5: (3600, 0.5), 10: (7200, 0.7), 12: (8000, 9), 15: (9000, 9)})
     first.write_bytes(first.read_bytes()[:-3])  # killed while it wrote step 15
-    write_events(second, 100_000, {15: (60, 1), 20: (3600, 2)})
+    write_events(second, 100_000, {12: (60, 0.8), 15: (90, 1), 20: (3600, 2)})
     tags, seconds, steps = plot.read_events(folder)
-    assert tags["losses/q"] == pytest.approx({5: 0.5, 10: 0.7, 15: 1, 20: 2})
-    assert steps.tolist() == [5, 10, 15, 20]
-    assert seconds.tolist() == [3600, 7200, 7260, 10800]
+    assert tags["losses/q"] == pytest.approx({5: 0.5, 10: 0.7, 12: 0.8, 15: 1, 20: 2})
+    assert steps.tolist() == [5, 10, 12, 15, 20]
+    assert seconds.tolist() == [3600, 7200, 8000, 8090, 11600]
     (run,) = load([folder], "--y", "losses/q", "--x", "hours")
-    np.testing.assert_allclose(run.x, [1, 2, 7260 / 3600, 3])
-    np.testing.assert_allclose(run.y, [0.5, 0.7, 1, 2])
+    np.testing.assert_allclose(run.x * 3600, seconds)
+    np.testing.assert_allclose(run.y, [0.5, 0.7, 0.8, 1, 2])
     with SummaryWriter(str(tmp_path)) as log:
         log.add_scalar("losses/q", 3, 7)
     assert plot.read_events(tmp_path)[0] == {"losses/q": {7: 3}}
@@ -244,3 +249,9 @@ def test_report_prints_and_refuses(tmp_path):
     for name in ("b.csv", "none.csv"):
         end = subprocess.run([*command, tmp_path / name], capture_output=True, text=True)
         assert end.returncode == 2 and end.stderr.count("\n") == 1 and name in end.stderr
+
+
+def test_a_seed_that_is_behind_does_not_count():
+    last = {("Own-v0", "Exp"): {1: (10, 100.0), 2: (10, 200.0), 3: (5, 900.0)}}
+    texts, budget = report.cells(last)
+    assert texts == {("Own-v0", "Exp"): "150 +- 71"} and "10 environment steps and 2 " in budget

@@ -61,7 +61,7 @@ class OneBuffer(Point):
     """All observations of all episodes are one array."""
 
     def observe(self):
-        self.buffer = getattr(self, "buffer", np.zeros(3))
+        self.buffer = getattr(self, "buffer", np.zeros(3, np.float32))
         self.buffer[:] = super().observe()
         return self.buffer
 

@@ -168,6 +168,7 @@ def test_killed_and_resumed_ends_bit_identical(whole, root, twin):
     assert code == 0, err
     assert "step 2400: " in out and "step 1200: " not in out
     assert_same_end(run / "run", whole[0])
+    del sys.modules["wandb"]
     wandb = json.loads((run / "wandb.json").read_text())
     assert (wandb["id"], wandb["resume"]) == ("run", "allow")
 

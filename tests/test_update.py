@@ -237,7 +237,7 @@ def test_learning_rate_ends_with_the_last_update_of_the_policy(total, starts, en
 
 
 @functools.cache
-def solved(draw, updates=600):
+def solved(draw, updates=400):
     """The state after updates on batches of draw(rng) -> obs, next_obs, act, reward, ended."""
     rng, state = np.random.default_rng(0), fresh_state(ARGS, OBS, ACT, jax.random.key(0))
     for _ in range(updates):

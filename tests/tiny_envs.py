@@ -6,12 +6,15 @@ import signal
 import gymnasium as gym
 import numpy as np
 
+Box = gym.spaces.Box
+
 
 class Point(gym.Env):
-    """obs [position, clock, 1]; the action moves the position, reward -position^2; a TimeLimit ends
-    it. Class attributes are what the kinds below change."""
+    """obs [position, clock, 1]; the action moves the position, reward bias - position^2; cut off by
+    a TimeLimit. The kinds below change its attributes or its methods."""
 
-    low, high, act_dtype, bias = -1.0, 3.0, np.float32, 0.0
+    low, high, shape, act_dtype, bias = -1.0, 3.0, (1,), np.float32, 0.0
+    observation_space = Box(-np.inf, np.inf, (3,), np.float64)
     metadata = {"render_modes": ["rgb_array"]}
     opened = closed = 0  # over all kinds, as is `left`: the steps until `signal` comes
     left, signal = int(os.environ.get("KILL_AFTER", 0)), signal.SIGKILL
@@ -19,8 +22,7 @@ class Point(gym.Env):
     def __init__(self, render_mode=None):
         Point.opened += 1
         self.render_mode = render_mode
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
-        self.action_space = gym.spaces.Box(self.low, self.high, (1,), self.act_dtype)
+        self.action_space = Box(self.low, self.high, self.shape, self.act_dtype)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -59,7 +61,7 @@ class OneBuffer(Point):
     """All observations of all episodes are one array."""
 
     def observe(self):
-        self.buffer = getattr(self, "buffer", np.zeros(3))
+        self.buffer = getattr(self, "buffer", np.zeros(3, np.float32))
         self.buffer[:] = super().observe()
         return self.buffer
 
@@ -111,12 +113,6 @@ class Both(Point):
         return self.clock == 6
 
 
-class Huge(Point):
-    """Rewards that no critic can fit."""
-
-    bias = 1e20
-
-
 class GlobalRandom(Point):
     """Draws its starts from numpy's global generator."""
 
@@ -124,49 +120,6 @@ class GlobalRandom(Point):
         super().reset(seed=seed)
         self.position = np.random.normal()
         return self.observe(), {}
-
-
-# ---- spaces ------------------------------------------------------------------------------------
-
-
-class Narrow(Point):
-    """0.1 is 0.100000001 in float32: rounding leads out of the space."""
-
-    low, high = -1.0, 0.1
-
-
-class Wide(Narrow):
-    act_dtype = np.float64
-
-
-class Unbounded(Point):
-    low, high = -np.inf, np.inf
-
-
-class HalfBounded(Point):
-    low = -np.inf
-
-
-class Whole(Point):
-    act_dtype = np.int64
-
-
-class NoAction(Point):
-    def __init__(self):
-        super().__init__()
-        self.action_space = gym.spaces.Box(-1, 1, (0,))
-
-
-class Image(Point):
-    def __init__(self):
-        super().__init__()
-        self.observation_space = gym.spaces.Box(-1, 1, (2, 2))
-
-
-class Goal(Point):
-    def __init__(self):
-        super().__init__()
-        self.observation_space = gym.spaces.Dict(goal=self.observation_space)
 
 
 # ---- films -------------------------------------------------------------------------------------
@@ -194,9 +147,20 @@ class LosesDriver(Point):
         return super().render()
 
 
+ATTRIBUTES = {
+    "Huge": {"bias": 1e20},  # no critic can fit it
+    "Narrow": {"high": 0.1},  # 0.100000001 in float32: rounding leads out of the space
+    "Wide": {"high": 0.1, "act_dtype": np.float64},
+    "Unbounded": {"low": -np.inf, "high": np.inf},
+    "HalfBounded": {"low": -np.inf},
+    "Whole": {"act_dtype": np.int64},
+    "NoAction": {"shape": (0,)},
+    "Image": {"observation_space": Box(-1, 1, (2, 2))},
+    "Goal": {"observation_space": gym.spaces.Dict(goal=Box(-1, 1, (3,)))},
+}
+globals().update({name: type(name, (Point,), x) for name, x in ATTRIBUTES.items()})
 KINDS = [x for x in list(globals().values()) if isinstance(x, type) and issubclass(x, Point)]
 for kind in KINDS:
     gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=50)
 gym.register("Short-v0", Point, max_episode_steps=7)
 gym.register("Endless-v0", Point)
-gym.register("ShortHopper-v0", "gymnasium.envs.mujoco.hopper_v4:HopperEnv", max_episode_steps=7)

@@ -27,7 +27,7 @@ from conftest import (
 from tensorboardX.proto.event_pb2 import Event
 
 import simpo_mujoco
-from simpo_mujoco import Args, create_run_dir, parse_args, save
+from simpo_mujoco import EVAL_SEED, Args, create_run_dir, parse_args, save
 
 FORK = pytest.mark.filterwarnings("ignore:os.fork")  # by imageio, which starts ffmpeg
 pytestmark = [FORK, pytest.mark.usefixtures("quick_compiler")]
@@ -49,19 +49,21 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(root, quick_compiler):
-    """An undisturbed run -> its folder, stdout, and how many environments it opened and closed."""
+    """An undisturbed run -> its folder, stdout, how many environments it opened and closed, and the
+    seeds of their resets."""
     before = np.array([tiny_envs.Point.opened, tiny_envs.Point.closed])
+    tiny_envs.Point.seeds.clear()
     code, out, err = call(root / "whole", *RUN)
     assert code == 0 and err == "", err
     counts = np.array([tiny_envs.Point.opened, tiny_envs.Point.closed]) - before
-    return root / "whole" / "run", out, counts
+    return root / "whole" / "run", out, counts, list(tiny_envs.Point.seeds)
 
 
 # ---- what a run writes ------------------------------------------------------------------------
 
 
 def test_a_run_writes_its_folder_and_says_how_it_goes(whole):
-    run_dir, out, counts = whole
+    run_dir, out, counts, seeds = whole
     names = {path.name for path in run_dir.iterdir() if "tfevents" not in path.name}
     assert names == {"args.json", "versions.json", "eval.csv", "checkpoint.npz"}
     args = json.loads((run_dir / "args.json").read_text())
@@ -78,6 +80,9 @@ def test_a_run_writes_its_folder_and_says_how_it_goes(whole):
     assert out.index("step 0: ") < out.index("compiling") < out.index("step 1200: ")
     assert re.search(r"^step 2105, \d+ steps a second, \d\.\d hours left; the fast ", out, re.M)
     assert (counts == 5 + 3 * 2).all()  # each environment was closed
+    others = [x for x in seeds if x not in (EVAL_SEED, EVAL_SEED + 1)]
+    assert seeds.count(EVAL_SEED) == seeds.count(EVAL_SEED + 1) == 3  # the same starts every time
+    assert len(set(others)) == len(others) == 5 * 8 and max(others) < EVAL_SEED
 
 
 def events(run_dir):
@@ -153,20 +158,20 @@ def test_evaluate_gives_the_last_rows_again_and_a_film(whole, tmp_path):
 
 
 def test_killed_and_resumed_ends_bit_identical(whole, root, twin):
-    """kill -9 in a copy of the two files with JAX_ENABLE_X64=1, in mid-training, then a resume that
-    goes on with the same W&B run."""
+    """kill -9 in a copy of the two files with JAX_ENABLE_X64=1, after the evaluation at step 1200,
+    which the resumed run makes again; it goes on with the same W&B run."""
     run = root / "killed"
     run.mkdir()
     for name in ("simpo_mujoco.py", "common.py"):
         shutil.copy(ROOT / name, run)
     (run / "wandb.py").write_text(FAKE_WANDB)
-    twin.env["KILL_AFTER"] = str(2 * 100 + 1700)  # two evaluations, and training to step 1700
+    twin.env["KILL_AFTER"] = str(2 * 100 + 1300)  # two evaluations, and training to step 1300
     code, out, err = twin.run(*RUN, cwd=run, script=run / "simpo_mujoco.py")
     assert code == -signal.SIGKILL, (out, err)
-    assert arrays_of(run / "run")["env_step"] == 1500 and (run / "run" / "replay.dat").exists()
+    assert arrays_of(run / "run")["env_step"] == 1200 and (run / "run" / "replay.dat").exists()
     code, out, err = call(run, "--resume", "run", "--track")
     assert code == 0, err
-    assert "step 2400: " in out and "step 1200: " not in out
+    assert "step 1200: " in out and "step 2400: " in out and "step 0: " not in out
     assert_same_end(run / "run", whole[0])
     del sys.modules["wandb"]
     wandb = json.loads((run / "wandb.json").read_text())
@@ -333,7 +338,8 @@ BAD = """
 def test_bad_input_names_its_flag(tmp_path, monkeypatch, line):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     flags, _, mention = line.partition(" => ")
-    code, out, err = call(tmp_path, *flags.split())
+    stop_after(30)  # where it is not refused
+    code, out, err = call(tmp_path, "--env-id", "tiny_envs:Point-v0", *flags.split())
     assert code == 2 and "Traceback" not in err, err
     assert (mention or flags.split()[0]) in err
     assert list(tmp_path.iterdir()) == []

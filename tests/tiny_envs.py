@@ -17,6 +17,7 @@ class Point(gym.Env):
     observation_space = Box(-np.inf, np.inf, (3,), np.float64)
     metadata = {"render_modes": ["rgb_array"]}
     opened = closed = 0  # over all kinds, as is `left`: the steps until `signal` comes
+    seeds = []  # of all resets that have one
     left, signal = int(os.environ.get("KILL_AFTER", 0)), signal.SIGKILL
 
     def __init__(self, render_mode=None):
@@ -26,6 +27,7 @@ class Point(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        Point.seeds += [] if seed is None else [seed]
         self.position, self.clock = self.np_random.normal(), 0
         return self.observe(), {}
 

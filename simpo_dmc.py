@@ -391,6 +391,7 @@ class Checked(gym.Wrapper):
         flat = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (obs, act))
         bound = np.abs([act.low, act.high]).max(initial=0) if flat else np.inf  # dm_control's: 1e10
         if not (flat and act.dtype.kind == "f" and act.shape[0] and bound < 1e10):
+            env.close()
             rule = "observations and actions must be flat and real, actions bounded"
             fail(f"{rule}, not {obs}, {act}; see gymnasium.wrappers.FlattenObservation")
 
@@ -521,12 +522,12 @@ def evaluate(args, envs, state, key, step, run_dir, stop):
     -> rows [E, 4] of eval.csv: step, episode, return, length. Exits once `stop` is not empty."""
     (obs, _), count, film = envs.reset(seed=EVAL_SEED), envs.num_envs, None
     returns, lengths, running = np.zeros(count), np.zeros(count), np.ones(count, bool)
-    if args.capture_video:
-        (run_dir / "videos").mkdir(exist_ok=True)
-        fps = envs.envs[0].metadata.get("render_fps", 30)
-        film = imageio.get_writer(run_dir / "videos" / f"step-{step}.mp4", fps=fps)
     for t in range(EPISODE_LIMIT):
         try:
+            if t == 0 and args.capture_video:
+                (run_dir / "videos").mkdir(exist_ok=True)
+                fps = envs.envs[0].metadata.get("render_fps", 30)
+                film = imageio.get_writer(run_dir / "videos" / f"step-{step}.mp4", fps=fps)
             if film and running[0]:
                 film.append_data(envs.envs[0].render())
         except Exception as error:  # of a driver, an encoder, a full disk

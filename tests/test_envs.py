@@ -206,8 +206,10 @@ def test_a_value_of_another_shape_is_named(capsys, kind, mentions):
     ],
 )
 def test_unsuitable_environments_are_refused_in_one_line(capsys, env_id, mention):
+    before = tiny_envs.Point.opened - tiny_envs.Point.closed
     with ends_with(capsys, 2, mention):
         make_envs(with_env(env_id))
+    assert tiny_envs.Point.opened - tiny_envs.Point.closed == before  # it was closed
 
 
 def test_a_simulation_that_blows_up_truncates(tmp_path, monkeypatch, capsys):

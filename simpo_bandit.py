@@ -29,12 +29,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-if __name__ == "__main__" and "device_count" not in os.environ.get("XLA_FLAGS", ""):
-    # XLA threads one CPU device badly: make one device a core and split the seeds over them.
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    device_count = f"--xla_force_host_platform_device_count={cores}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {device_count}"
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,14 +104,10 @@ def init_mlp(key, sizes):
     return [{"w": init(k, (n_in, n_out)), "b": jnp.zeros(n_out)} for k, n_in, n_out in layers]
 
 
-def dense(layer, x):
-    return x @ layer["w"] + layer["b"].reshape((1,) * (x.ndim - 1) + (-1,))
-
-
 def mlp(layers, x):
     for layer in layers[:-1]:
-        x = mish(dense(layer, x))
-    return dense(layers[-1], x)
+        x = mish(x @ layer["w"] + layer["b"])
+    return x @ layers[-1]["w"] + layers[-1]["b"]
 
 
 # ---- flow --------------------------------------------------------------------------------------
@@ -402,6 +392,9 @@ def main():
     for name in {"SIGINT", "SIGPIPE"} & {*dir(signal)}:  # Ctrl-C and `--help | head` end quietly
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     jax.config.update("jax_enable_x64", False)
+    if jax.config.jax_num_cpu_devices < 0:  # XLA threads one CPU device badly: make one a core
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        jax.config.update("jax_num_cpu_devices", cores)
     args = tyro.cli(Args)
     run_dir = make_run_dir(args)
     rows, table = ["landscape,method,seed,epoch,regret"], ["landscape,method,seeds," + SUMMARY]

@@ -7,7 +7,7 @@
 Paper: arXiv 2603.10250, Algorithm 1, section 5.2, Table 4. Copy this file and common.py to use it.
 Diffusion time t counts T noise levels upwards: a_t = alpha_t a0 + sigma_t noise and
 velocity = alpha_t noise - sigma_t a0. Shapes: B states, N samples a state, o observation, d action,
-E environments, H hidden units. A run of 1M steps has 194,000 updates after 30,000 random steps.
+E environments, H hidden units. 1M steps make 194,000 updates after 30,000 random ones; paper: 200k.
 
 Where the paper is silent, or we depart from it (docs/mujoco.md has the numbers that decided):
 1. The N samples come from a copy of the policy that is refreshed every 250 updates, at the states
@@ -34,12 +34,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-if __name__ == "__main__" and "device_count" not in os.environ.get("XLA_FLAGS", ""):
-    # XLA threads one CPU device badly: make one device a core and split each batch over them.
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={cores}"
-
 import gymnasium as gym
 import imageio.v2 as imageio
 import jax
@@ -55,7 +49,6 @@ from tqdm import tqdm
 from common import solve_nu, update_lam
 
 TOP_SPEED = {"cheetah-run": 10.0, "walker-run": 8.0}  # v*, m/s: App. F.2, dm_control
-EVAL_SEED = 2**31  # of the first evaluation episode; training's are smaller
 EPISODE_LIMIT = 10_000  # steps of an evaluation episode that nothing else ends
 
 
@@ -63,9 +56,7 @@ EPISODE_LIMIT = 10_000  # steps of an evaluation episode that nothing else ends
 class Args:
     domain: str = "cheetah"  # of the DeepMind Control Suite
     task: str = "run"
-    reward: Literal["stock", "sqrt", "linear", "square", "exp"] = (
-        "stock"  # dm_control's, App. F.2's
-    )
+    reward: Literal["stock", "sqrt", "linear", "square", "exp"] = "stock"  # or App. F.2's
     seed: int = 1
     # weights of the samples
     weighting: Literal["exp", "linear", "square", "power", "qvpo", "wd1"] = "linear"  # g in eq. (9)
@@ -114,24 +105,19 @@ class Args:
         if self.learning_starts is None:
             object.__setattr__(self, "learning_starts", min(30_000, self.total_timesteps // 10))
         for name, x in vars(self).items():
-            least = 1 if type(x) is int and name not in ("seed", "learning_starts") else 0
+            least = 1 if type(x) is int and name != "seed" else 0
             if type(x) in (int, float) and name != "neg_clip" and not x >= least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {x}")
         first_learning_step = self.learning_starts + self.num_envs
         clipped = self.weighting in ("linear", "square", "power")
         shaped = self.env_id in TOP_SPEED
         for ok, rule in (  # tyro prints a ValueError as an error of usage
-            (
-                shaped or self.reward == "stock",
-                f"--reward {self.reward} needs one of {[*TOP_SPEED]}",
-            ),
-            (self.seed < EVAL_SEED, "--seed must be below 2^31"),
+            (shaped or self.reward == "stock", f"--reward {self.reward} needs {[*TOP_SPEED]}"),
             (self.neg_clip <= 0, "--neg-clip must be at most 0"),
             (clipped or not self.neg_clip, f"--neg-clip is not for --weighting {self.weighting}"),
             (self.num_samples > 1, "--num-samples must be at least 2, for weights to compare"),
             (0 < self.eps_kl < log_n, f"--eps-kl must be in (0, log N = {log_n:.3f})"),
-            (self.sampling_steps <= self.diffusion_steps, "--sampling-steps exceeds T"),
-            (self.batch_size <= self.learning_starts, "--batch-size exceeds --learning-starts"),
+            (1 < self.sampling_steps <= self.diffusion_steps, "--sampling-steps must be in [2, T]"),
             (first_learning_step <= self.total_timesteps, "--total-timesteps leaves no update"),
             (self.checkpoint_every <= self.buffer_size, "--checkpoint-every exceeds --buffer-size"),
             ("://" not in (self.run_dir or ""), "--run-dir must be a local folder"),
@@ -159,14 +145,10 @@ def init_mlp(key, sizes):
     return [{"w": init(k, (n_in, n_out)), "b": jnp.zeros(n_out)} for k, n_in, n_out in layers]
 
 
-def dense(layer, x):
-    return x @ layer["w"] + layer["b"].reshape((1,) * (x.ndim - 1) + (-1,))
-
-
 def mlp(layers, x):
     for layer in layers[:-1]:
-        x = mish(dense(layer, x))
-    return dense(layers[-1], x)
+        x = mish(x @ layer["w"] + layer["b"])
+    return x @ layers[-1]["w"] + layers[-1]["b"]
 
 
 def q_values(critics, obs, act):
@@ -174,8 +156,8 @@ def q_values(critics, obs, act):
 
     def q_value(net):
         w_obs, w_act = jnp.split(net[0]["w"], [obs.shape[-1]])  # obs @ w_obs: once, not N times
-        first = dense({"w": w_obs, "b": net[0]["b"]}, obs)[:, None] + act @ w_act
-        return mlp(net[1:], mish(first))[..., 0]
+        obs_part = (obs @ w_obs + net[0]["b"])[:, None]  # [B, 1, H]
+        return mlp(net[1:], mish(obs_part + act @ w_act))[..., 0]
 
     return jnp.stack([q_value(net) for net in critics])
 
@@ -186,14 +168,13 @@ def policy_velocity(theta, obs, num_levels):
     first, *rest = theta["net"]
     o, d = obs.shape[-1], rest[-1]["b"].shape[0]
     w_obs, w_act, w_time = jnp.split(first["w"], [o, o + d])
-    obs_part = dense({"w": w_obs, "b": first["b"]}, obs)[:, None]  # [B, 1, H]
+    obs_part = (obs @ w_obs + first["b"])[:, None]  # [B, 1, H]
     phase = jnp.outer(jnp.arange(1.0, num_levels + 1), 10_000.0 ** -jnp.linspace(0, 1, 8))
     embedding = jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)  # [T, 16]
     time_part = mlp(theta["time"], embedding) @ w_time  # [T, H]
 
     def velocity(a_t, t):
-        at_t = jnp.broadcast_to(time_part[t], (*a_t.shape[:-1], time_part.shape[-1]))
-        return mlp(rest, mish(obs_part + a_t @ w_act + at_t))
+        return mlp(rest, mish(obs_part + a_t @ w_act + time_part[t]))
 
     return velocity
 
@@ -212,8 +193,7 @@ def sampler_steps(sampler, num_levels, num_visited):
     ddpm: Ho et al. (2006.11239) with variance beta_t, none in the last step. dpm2: Lu et al.
     (2211.01095), DPM-Solver++(2M). -> the level's index, alpha, sigma and the coefficients."""
     i = np.arange(num_visited)
-    t = np.round((num_levels - 1) * (i / max(num_visited - 1, 1)) ** 1.5).astype(np.int32)
-    t = np.maximum.accumulate(t - i) + i if num_visited > 1 else t + num_levels - 1  # none twice
+    t = np.round(i + (num_levels - num_visited) * (i / (num_visited - 1)) ** 1.7).astype(np.int32)
     bar = cosine_alpha_bar(num_levels)[t]
     bar_next = np.append(1.0, bar[:-1])
     alpha, sigma, std, extrapolate = np.sqrt(bar), np.sqrt(1 - bar), 0 * bar, 0 * bar
@@ -236,16 +216,15 @@ def sample_actions(args, theta, obs, num_samples, key):
     k_start, k_steps = jax.random.split(key)
 
     def denoise(carry, level):
-        (a_t, last_a0), (i, t, alpha, sigma, coef_a0, coef_last, coef_at, std) = carry, level
+        (a_t, last_a0), (t, alpha, sigma, coef_a0, coef_last, coef_at, std) = carry, level
         a0 = jnp.clip(alpha * a_t - sigma * velocity(a_t, t), -1, 1)
         a_t = coef_a0 * a0 + coef_last * last_a0 + coef_at * a_t
         if args.sampler == "ddpm":
-            a_t += std * jax.random.normal(jax.random.fold_in(k_steps, i), shape)
+            a_t += std * jax.random.normal(jax.random.fold_in(k_steps, t), shape)
         return (a_t, a0), None
 
-    steps = sampler_steps(args.sampler, args.diffusion_steps, args.sampling_steps)
+    levels = sampler_steps(args.sampler, args.diffusion_steps, args.sampling_steps)
     start = jax.random.normal(k_start, shape), jnp.zeros(shape)
-    levels = np.arange(args.sampling_steps), *steps
     return jax.lax.scan(denoise, start, levels, reverse=True)[0][1]  # the last a0 predicted
 
 
@@ -282,9 +261,9 @@ class State(NamedTuple):
 
 def optimisers(args):
     """Adam for the policy, its rate annealed over the run (Table 4), and for the critics."""
-    e, last, first = args.num_envs, args.total_timesteps, args.learning_starts
-    refits = -((-(-last // e) - -(-first // e)) // -args.policy_delay)
-    steps = max(refits - 1, 1)  # from the first rate to the last
+    e = args.num_envs
+    updates = math.ceil(args.total_timesteps / e) - math.ceil(args.learning_starts / e)
+    steps = max(math.ceil(updates / args.policy_delay) - 1, 1)  # from the first rate to the last
     policy_lr = optax.linear_schedule(args.policy_lr, args.policy_lr_end, steps)
     return optax.adam(policy_lr), optax.adam(args.critic_lr)
 
@@ -301,16 +280,11 @@ def init_state(args, obs_dim, act_dim, key):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def best_action(args, theta, critics, obs, num_samples, key, step):
+def best_action(args, theta, critics, obs, num_samples, key, step=0):
     """The best of some samples of the policy by the smaller critic: obs [B, o] -> [B, d]."""
     a0 = sample_actions(args, theta, obs, num_samples, jax.random.fold_in(key, step))
     best = jnp.argmax(q_values(critics, obs, a0).min(axis=0), axis=-1)
     return jnp.take_along_axis(a0, best[:, None, None], axis=1)[:, 0]
-
-
-def critic_loss(critics, obs, act, target):
-    q = q_values(critics, obs, act[:, None])[..., 0]  # [2, B]
-    return jnp.mean((q - target[None]) ** 2, axis=-1).sum(), q
 
 
 def matching_loss(theta, args, obs, a0, w, key):
@@ -352,26 +326,28 @@ def update(args, with_policy, state, batch, key):
     d = state.theta["net"][-1]["b"].shape[0]
     o = (batch.shape[-1] - d - 2) // 2
     obs, next_obs, act, reward, terminated = jnp.split(batch, np.cumsum([o, o, d, 1]), axis=-1)
-    k_target, k_policy = jax.random.split(jax.random.fold_in(key, state.step))
+    k_next, k_policy = jax.random.split(jax.random.fold_in(key, state.step))
 
     # critics: to r + gamma Q(the best of M next actions)
-    theta, m = state.theta, args.target_samples
-    next_act = best_action(args, theta, state.critics, next_obs, m, k_target, 0)
+    next_act = best_action(args, state.theta, state.critics, next_obs, args.target_samples, k_next)
     next_q = q_values(state.critics_target, next_obs, next_act[:, None]).min(axis=0)
-    target = (args.reward_scale * reward + args.gamma * (1 - terminated) * next_q)[:, 0]
-    grad = jax.value_and_grad(critic_loss, has_aux=True)
-    (loss, q), grads = grad(state.critics, obs, act, target)
+    target = args.reward_scale * reward + args.gamma * (1 - terminated) * next_q  # [B, 1]
+
+    def critic_loss(critics):
+        q = q_values(critics, obs, act[:, None])  # [2, B, 1]
+        return jnp.mean((q - target) ** 2, axis=(1, 2)).sum()
+
+    loss, grads = jax.value_and_grad(critic_loss)(state.critics)
     updates, critics_opt = optimisers(args)[1].update(grads, state.critics_opt)
     critics = optax.apply_updates(state.critics, updates)
     critics_target = optax.incremental_update(critics, state.critics_target, args.tau)
-    metrics = {"q_target": target.mean(), "q": q.mean(), "critic_loss": loss}
-    metrics["critic_grad_norm"] = optax.tree.norm(grads)
+    metrics = {"q": target.mean(), "critic_loss": loss, "critic_grad_norm": optax.tree.norm(grads)}
 
     # policy and lam, every policy_delay updates
+    state = state._replace(critics=critics, critics_target=critics_target, critics_opt=critics_opt)
     renew = state.step % args.old_policy_every == 0
     theta_old = jax.tree.map(lambda x, y: jnp.where(renew, x, y), state.theta, state.theta_old)
-    new = {"critics": critics, "critics_target": critics_target, "critics_opt": critics_opt}
-    state = state._replace(theta_old=theta_old, step=state.step + 1, **new)
+    state = state._replace(theta_old=theta_old, step=state.step + 1)
     if with_policy:
         state, policy_metrics = update_policy(args, state, obs, k_policy)
         metrics |= policy_metrics
@@ -396,8 +372,7 @@ class Checked(gym.Wrapper):
             fail(f"{rule}, not {obs}, {act}; see gymnasium.wrappers.FlattenObservation")
 
     def read(self, name, value, shape):
-        with np.errstate(over="ignore"):
-            value = np.array(value, np.float32)
+        value = np.array(value, np.float32)
         if value.shape != shape or not np.isfinite(value).all():
             what = "not finite in float32" if value.shape == shape else f"of shape {value.shape}"
             fail(f"{name} of environment {self.index} after {self.steps} steps is {what}", 1)
@@ -450,8 +425,6 @@ class DMControl(gym.Env):
         name = "horizontal_velocity" if args.domain == "walker" else "speed"
         self.speed = getattr(physics, name, lambda: 0.0)
         self.metadata = {"render_fps": round(1 / self.env.control_timestep())}
-        model = physics.model  # without shadows films are made 20 times faster
-        model.vis.quality.shadowsize = model.vis.quality.offsamples = model.mat_reflectance[:] = 0
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
@@ -486,7 +459,7 @@ def make_envs(args, evaluation=False):
     thunks = [functools.partial(make_env, args, i, film if i == 0 else {}) for i in range(count)]
     try:
         return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+    except (gym.error.Error, ImportError, RuntimeError, TypeError, ValueError) as error:
         fail(f"cannot make the environment{' for --capture-video' if film else ''}: {error}")
 
 
@@ -520,14 +493,13 @@ class Replay:
 def evaluate(args, envs, state, key, step, run_dir, stop):
     """An episode of each environment, best of N, the same starts every time, the first one filmed.
     -> rows [E, 4] of eval.csv: step, episode, return, length. Exits once `stop` is not empty."""
-    (obs, _), count, film = envs.reset(seed=EVAL_SEED), envs.num_envs, None
+    (obs, _), count, film = envs.reset(seed=2**31), envs.num_envs, None  # training: below 2**30
     returns, lengths, running = np.zeros(count), np.zeros(count), np.ones(count, bool)
     for t in range(EPISODE_LIMIT):
         try:
             if t == 0 and args.capture_video:
-                (run_dir / "videos").mkdir(exist_ok=True)
                 fps = envs.envs[0].metadata.get("render_fps", 30)
-                film = imageio.get_writer(run_dir / "videos" / f"step-{step}.mp4", fps=fps)
+                film = imageio.get_writer(run_dir / f"film-{step}.mp4", fps=fps)
             if film and running[0]:
                 film.append_data(envs.envs[0].render())
         except Exception as error:  # of a driver, an encoder, a full disk
@@ -557,23 +529,19 @@ def write_rows(path, rows):
     return f"step {rows[0, 0]:.0f}: return {rows[:, 2].mean():.1f} +- {rows[:, 2].std():.1f}"
 
 
-def named_leaves(tree):
-    return {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
 def save(path, state, step):
     """Plain arrays, atomically: a run killed while it saves keeps its last checkpoint."""
-    with path.with_suffix(".tmp").open("wb") as file:
-        np.savez(file, **jax.device_get(named_leaves(state)), env_step=step)
-        os.fsync(file.fileno())
-    path.with_suffix(".tmp").replace(path)
+    leaves = {jax.tree_util.keystr(k): np.asarray(x) for k, x in jax.tree.leaves_with_path(state)}
+    np.savez(path.with_suffix(".tmp.npz"), **leaves, env_step=step)
+    path.with_suffix(".tmp.npz").replace(path)
 
 
 def load(path, template):
     """-> state with the tree and shapes of `template`, environment step."""
+    names = [jax.tree_util.keystr(k) for k, _ in jax.tree.leaves_with_path(template)]
     try:
         with np.load(path) as file:
-            arrays, step = [file[name] for name in named_leaves(template)], int(file["env_step"])
+            arrays, step = [file[name] for name in names], int(file["env_step"])
         if [x.shape for x in arrays] != [x.shape for x in jax.tree.leaves(template)]:
             raise ValueError("its networks have other sizes")
         return jax.device_put(jax.tree.unflatten(jax.tree.structure(template), arrays)), step
@@ -617,11 +585,9 @@ def create_run_dir(args, suffix=""):
         if isinstance(error, FileExistsError) and not args.run_dir:
             return create_run_dir(args, f"{suffix}+")
         fail(f"--run-dir {run_dir}: {error.strerror}; --resume goes on with a run")
-    versions = {
-        x: version(x) for x in ("jax", "optax", "numpy", "gymnasium", "mujoco", "dm_control")
-    }
-    git = f"git -C '{Path(__file__).parent}' rev-parse HEAD"
-    versions["commit"] = subprocess.getoutput(git)  # or what git says where there is none
+    packages = "jax", "optax", "numpy", "gymnasium", "mujoco", "dm_control"
+    versions = {x: version(x) for x in packages}
+    versions["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
     (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
     (run_dir / "versions.json").write_text(json.dumps(versions, indent=2))
     return run_dir
@@ -644,7 +610,6 @@ def train(args, run_dir, envs, replay, state, keys, step, stop):
     log = SummaryWriter(str(run_dir), purge_step=step + 1)
     log.add_text("args", "\n".join(f"    {name}: {x}" for name, x in vars(args).items()))
     fast = "; the fast setting is --sampler dpm2 --sampling-steps 6 --num-samples 8"
-    hint = fast if devices[0].platform == "cpu" else ""
     if getattr(envs.envs[0].spec, "max_episode_steps", 0) is None:
         print(f"no time limit: an episode of an evaluation ends after {EPISODE_LIMIT} steps")
     bar, clock, speed, first = tqdm(disable=True), None, "", True
@@ -672,8 +637,7 @@ def train(args, run_dir, envs, replay, state, keys, step, stop):
         if learning:
             if updates == start:
                 bar.write("compiling, which takes a minute; Ctrl-C is answered after it")
-            n, critics = args.act_samples, state.critics
-            a0 = best_action(args, state.theta, critics, obs, n, k_act, step)
+            a0 = best_action(args, state.theta, state.critics, obs, args.act_samples, k_act, step)
             batch = jax.device_put(replay.sample(rng, args.batch_size), split)
             with_policy = updates % args.policy_delay == 0
             state, metrics = update(args, with_policy, state, batch, k_update)
@@ -703,16 +667,18 @@ def train(args, run_dir, envs, replay, state, keys, step, stop):
             hours, first_time = (args.total_timesteps - step) / sps / 3600, not speed
             speed = f", {sps:.0f} steps a second, {hours:.1f} hours left"
             if first_time:
-                bar.write(f"step {step}{speed}{hint}")
+                bar.write(f"step {step}{speed}{fast * (devices[0].platform == 'cpu')}")
     bar.close()
     log.close()
     Path(replay.rows.filename).unlink()  # only a resumed run needs it
 
 
 def main():
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head ends quietly
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head ends quietly
     jax.config.update("jax_enable_x64", False)
+    if jax.config.jax_num_cpu_devices < 0:  # XLA threads one CPU device badly: make one a core
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        jax.config.update("jax_num_cpu_devices", cores)
     args, run_dir = parse_args()
     if args.capture_video and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
@@ -724,8 +690,7 @@ def main():
         (o,), (d,) = envs.single_observation_space.shape, envs.single_action_space.shape
         state = init_state(args, o, d, k_init)
         if args.evaluate:  # a checkpoint may lack what only training needs
-            unused = "theta_old", "critics_target", "theta_opt", "critics_opt", "log_lam"
-            state = state._replace(**dict.fromkeys(unused))
+            state = State(state.theta, None, state.critics, None, None, None, None, state.step)
         if run_dir:
             state, step = load(run_dir / "checkpoint.npz", state)
         if not args.evaluate:
@@ -733,7 +698,7 @@ def main():
             replay = Replay(args, run_dir / "replay.dat", 2 * o + d + 2, step)
             return train(args, run_dir, envs, replay, state, keys, step, stop)
         rows = evaluate(args, envs, state, keys[2], step, run_dir, stop)
-    film = f", {run_dir}/videos/step-{step}.mp4" if args.capture_video else ""
+    film = f", {run_dir}/film-{step}.mp4" if args.capture_video else ""
     print(write_rows(run_dir / "evaluate.csv", rows) + film)
 
 

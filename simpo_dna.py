@@ -33,11 +33,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-# One XLA device per core and the batch split over them: XLA threads a single CPU device badly.
-if "device_count" not in (flags := os.environ.get("XLA_FLAGS", "")):
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={min(cores, 8)}"
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -848,6 +843,9 @@ def run(args, run_dir):
 
 
 def main():
+    if jax.config.jax_num_cpu_devices < 0:  # XLA threads one CPU device badly: make one a core
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        jax.config.update("jax_num_cpu_devices", min(cores, 8))
     try:
         run(*parse_args())
     except UsageError as error:

@@ -36,8 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def environment(cores, gpus):
     """Of a script: a JAX device for each of its cores, or its share of the GPUs given by Ray."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    env = os.environ | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={cores}"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(cores)}
     if not gpus:
         env["JAX_PLATFORMS"] = "cpu"
     elif gpus < 1:

@@ -120,7 +120,7 @@ def is_hit(motifs, x):
 
 
 def dense(layer, x):
-    return x @ layer["w"] + layer["b"].reshape((1,) * (x.ndim - 1) + (-1,))
+    return x @ layer["w"] + layer["b"]
 
 
 def conv(layer, x, dilation=1):

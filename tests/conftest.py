@@ -1,4 +1,4 @@
-"""Shared set-up: two virtual CPU devices, strict shapes, one compilation cache, and the scripts run
+"""Shared set-up: two virtual CPU devices, one compilation cache, and the scripts run
 as their users run them, in a child process or by their `main` in this one."""
 
 import contextlib
@@ -16,7 +16,7 @@ import pytest
 ROOT, TESTS = Path(__file__).resolve().parents[1], Path(__file__).resolve().parent
 CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
 os.environ |= {  # before jax starts: two devices for the sharding test, and the CPU everywhere
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "JAX_NUM_CPU_DEVICES": "2",
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": CACHE.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -25,8 +25,6 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 
 import jax  # noqa: E402
 import tiny_envs  # noqa: E402
-
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # One setting for all tests of `update` and of the scripts, so that its programs are compiled once:
 # 460 updates; pi_old is renewed every 9; discount and rates suit the probe problems.
@@ -44,9 +42,8 @@ class Script:
     """Starts a script in a child process with one XLA device and a shared compile cache."""
 
     def __init__(self, cache, **env):
-        flags = os.environ["XLA_FLAGS"].replace("count=2", "count=1")
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-        self.env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(TESTS)} | cache | env
+        own = {"JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+        self.env = os.environ | own | {"PYTHONPATH": str(TESTS)} | env
 
     def start(self, *flags, cwd, script=ROOT / "simpo_mujoco.py"):
         """The running process; its output goes to pipes."""
@@ -67,7 +64,7 @@ class Script:
 def twin():
     """A child process that runs the programs of this one, bit for bit, though x64 is asked for."""
     env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_ENABLE_X64": "1"}
-    return Script(CACHE.name, XLA_FLAGS=os.environ["XLA_FLAGS"], **env)
+    return Script(CACHE.name, JAX_NUM_CPU_DEVICES="2", **env)
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def random_q(seed, shape=(12, 16), offset=0.0, spread=1.0):
 def test_linear_weights_are_the_simplex_projection(neg_clip):
     q, n = random_q(0), 16
     for lam in (0.03, 1.0, 20.0):
-        with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+        with jax.enable_x64(True):
             project = jax.vmap(optax.projections.projection_simplex, (0, None))
             rows = project(jnp.asarray(q, jnp.float64), n * lam * (1 - neg_clip))
             expected = np.array(rows) / lam + neg_clip

@@ -1,5 +1,6 @@
 """simpo_dmc.py: rewards, observations, ends of episodes, and the script as its users run it."""
 
+import copy
 import ctypes.util
 import dataclasses
 import json
@@ -231,7 +232,7 @@ def test_evaluate_with_a_film(whole, tmp_path, twin):
     flags = "--evaluate run --eval-episodes 1 --capture-video".split()
     code, out, err = twin.run(*flags, cwd=tmp_path, script=tmp_path / "short.py")
     assert code == 0, err
-    assert (tmp_path / "run" / "videos" / "step-2400.mp4").stat().st_size > 5_000
+    assert (tmp_path / "run" / "film-2400.mp4").stat().st_size > 5_000
     assert list(read_evals(tmp_path / "run", "evaluate.csv")[0, [0, 1, 3]]) == [2400, 0, 30]
 
 
@@ -250,3 +251,10 @@ def test_bad_input_names_its_flag(tmp_path, line, mention):
     code, out, err = call(tmp_path, *line.split())
     assert code == 2 and mention in err and "Traceback" not in err, err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_renderer_is_one_line(tmp_path, twin):
+    twin = copy.copy(twin)
+    twin.env = twin.env | {"MUJOCO_GL": "nonsense"}
+    code, out, err = twin.run(*RUN, cwd=tmp_path, script=ROOT / "simpo_dmc.py")
+    assert code == 2 and "MUJOCO_GL" in err and "Traceback" not in err, err

@@ -425,9 +425,7 @@ def root(tmp_path_factory, generated):
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """The script with little compiler optimisation."""
-    script = Script(tmp_path_factory.mktemp("jax-cache"))
-    script.env["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-    return script
+    return Script(tmp_path_factory.mktemp("jax-cache"), JAX_DISABLE_MOST_OPTIMIZATIONS="1")
 
 
 def run(script, root, *flags, end="none:1", **env):
@@ -452,8 +450,7 @@ def spread(script, root):
     """From the pretrained model on 2 and on 4 devices, up to the table; JAX_ENABLE_X64 is set."""
     flags, ends = [*TINY, *FINETUNE, "--pretrained", "whole/pretrained.npz", "--run-dir"], []
     for n in (2, 4):
-        xla = script.env["XLA_FLAGS"].replace("count=1", f"count={n}")
-        env = {"XLA_FLAGS": xla, "JAX_ENABLE_X64": "1"}
+        env = {"JAX_NUM_CPU_DEVICES": str(n), "JAX_ENABLE_X64": "1"}
         ends.append(run(script, root, *flags, f"devices{n}", end="table:1", **env))
     return ends
 

@@ -39,7 +39,7 @@ def load(folder):
 def visit(args, state, count, every=5):
     """`count` states [count, o] that the policy meets, every fifth step of ten environments."""
     envs, found = simpo.make_envs(dataclasses.replace(args, num_envs=10)), []
-    obs, _ = envs.reset(seed=simpo.EVAL_SEED)
+    obs, _ = envs.reset(seed=2**31)
     for t in range(every * -(-count // 10)):
         if t % every == 0:
             found.append(obs)

@@ -147,14 +147,12 @@ def serve(repository):
 class Server:
     def __init__(self, repository):
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-        flags = os.environ.get("XLA_FLAGS", "")
-        if "device_count" not in flags:  # as the trainer does
-            flags += f" --xla_force_host_platform_device_count={cores}"
+        flags = f"--xla_force_host_platform_device_count={cores}"  # as an older trainer sets them
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--serve", str(Path(repository).resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"XLA_FLAGS": flags},
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(cores), "XLA_FLAGS": flags},
             text=True,
         )
 

@@ -150,7 +150,7 @@ def test_an_address_without_ray_is_refused(capsys):
 
 def test_a_run_has_its_cores_or_its_share_of_a_gpu():
     env = worker.environment(2, 0)
-    assert env["XLA_FLAGS"].endswith("device_count=2") and env["JAX_PLATFORMS"] == "cpu"
+    assert env["JAX_NUM_CPU_DEVICES"] == "2" and env["JAX_PLATFORMS"] == "cpu"
     assert worker.environment(1, 0.25)["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.225"
     assert worker.device("run folder x, on 1 x NVIDIA H100\n", 4) == "1 x NVIDIA H100"
     assert worker.device("device      2 x cpu\n", 2).startswith("2 x ")

@@ -30,11 +30,7 @@ def main(out: Path = Path("early.png")):
         for variant, colour in COLOURS.items():
             if (task, variant) in curves:
                 axis.plot(*zip(*curves[task, variant], strict=True), color=colour, label=variant)
-        axis.set(title=task, xlabel="environment steps / 1000", xlim=(0, 200))
-        axis.set_ylim(
-            top=1.05
-            * max(y for key in curves if key[0] == task for x, y in curves[key] if x <= 200)
-        )
+        axis.set(title=task, xlabel="environment steps / 1000", xlim=0)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("return")
     handles = [plt.Line2D([], [], color=colour) for colour in COLOURS.values()]

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "default": {},
     "fast": {"sampler": "dpm2", "sampling_steps": 6, "num_samples": 8},
-    "tiny": {"hidden_dim": 8, "num_samples": 2, "sampling_steps": 1, "batch_size": 16},
+    "tiny": {"hidden_dim": 8, "num_samples": 2, "sampling_steps": 2, "batch_size": 16},
 }
 PARTS, ROWS = ("update", "act", "host", "iteration"), 25_000  # rows of the replay
 

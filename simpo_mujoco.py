@@ -364,11 +364,11 @@ class Checked(gym.Wrapper):
             fail(f"{rule}, not {obs}, {act}; see gymnasium.wrappers.FlattenObservation")
 
     def read(self, name, value, shape):
-        value = np.array(value, np.float32)
-        if value.shape != shape or not np.isfinite(value).all():
+        value = np.array(value, np.float64)
+        if value.shape != shape or not (abs(value) <= np.finfo(np.float32).max).all():
             what = "not finite in float32" if value.shape == shape else f"of shape {value.shape}"
             fail(f"{name} of environment {self.index} after {self.steps} steps is {what}", 1)
-        return value
+        return value.astype(np.float32)
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:

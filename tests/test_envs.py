@@ -162,6 +162,7 @@ def ends_with(capsys, code, *mentions):
     assert_refused((end.value.code, "", capsys.readouterr().err), *mentions, code=code)
 
 
+@pytest.mark.filterwarnings("error")  # the message is the only line
 @pytest.mark.parametrize("value", [np.nan, 1e39])
 @pytest.mark.parametrize("kind", ["reset", "observation", "reward"])
 def test_a_value_that_is_not_finite_in_float32_names_its_place(monkeypatch, capsys, kind, value):

@@ -356,6 +356,26 @@ def test_run_folders_that_cannot_be_made(tmp_path):
     assert_refused(call(tmp_path, *POINT, *line.split()), "replay", "GB")
 
 
+DEVICES = """
+import os, sys
+import jax, {name} as script
+sys.argv = ["{name}.py", "--resume", "missing", "--figure", "9"]
+try:
+    script.main()
+except SystemExit as end:
+    print(end.code, jax.device_count(), os.environ.get("XLA_FLAGS"))
+"""
+
+
+@pytest.mark.parametrize("name", ["simpo_mujoco", "simpo_dmc", "simpo_bandit", "simpo_dna"])
+def test_a_script_makes_a_device_of_each_core_and_importing_it_sets_nothing(tmp_path, name):
+    env = {x: y for x, y in os.environ.items() if x not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    command = [sys.executable, "-c", DEVICES.format(name=name)]
+    env |= {"PYTHONPATH": str(ROOT)}
+    out = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True).stdout
+    assert out == f"2 {min(len(os.sched_getaffinity(0)), 8)} None\n"
+
+
 def test_help_into_head_ends_quietly(tmp_path):
     """The task comes first, then the flags of the paper."""
     line = f"{sys.executable} {ROOT / 'simpo_mujoco.py'} --help | head -n 12"

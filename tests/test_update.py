@@ -145,8 +145,12 @@ def test_critic_target_by_hand():
         state = state._replace(critics=critics_of(*online), critics_target=critics_of(*target))
         state = state._replace(theta_old=jax.tree.map(jnp.zeros_like, state.theta))
         batch = rows(0.3, 0.3, 0.1, 2.0, ended)
-        q_target = float(step(state._replace(step=jnp.int32(1)), batch)[1]["q"])
-        return (q_target - 2.0 * ARGS.reward_scale) / ARGS.gamma
+        metrics = step(state._replace(step=jnp.int32(1)), batch)[1]
+        q, loss = float(metrics["q"]), float(metrics["critic_loss"])
+        if not any(slope for slope, _ in target):  # the same target in every row
+            errors = [(slope * 0.1 + offset - q) ** 2 for slope, offset in online]
+            assert loss == pytest.approx(sum(errors), rel=1e-3)
+        return (q - 2.0 * ARGS.reward_scale) / ARGS.gamma
 
     flat = [(0, 0), (0, 0)]
     assert next_q(flat, [(0, 7), (0, 5)]) == pytest.approx(5, rel=1e-5)

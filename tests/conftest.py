@@ -4,6 +4,7 @@ as their users run them, in a child process or by their `main` in this one."""
 import contextlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -101,6 +102,12 @@ def run_main(module, *flags, cwd):
         for signum, handler in zip(signals, before[0], strict=True):
             signal.signal(signum, handler)
     return code, out.getvalue(), err.getvalue()
+
+
+def pairs(text):
+    """[input, what its message mentions] of `input => mention`, one a line or between |."""
+    rows = [x.strip().partition(" => ") for x in re.split(r"[|\n]", text) if x.strip()]
+    return [(flags, mention or flags.split()[0]) for flags, _, mention in rows]
 
 
 def read_evals(run_dir, name="eval.csv"):

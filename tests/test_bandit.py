@@ -10,11 +10,9 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
-from scipy.stats import norm
 
 import simpo_bandit as bandit
 from simpo_bandit import LANDSCAPES, Args
@@ -47,6 +45,8 @@ def folder(tmp_path_factory):
     done = run(cwd, *TINY, "--seed", "5", "--num-seeds", "2", "--run-dir", "run")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert done.stdout.startswith("run folder run\nlandscape ")
+    bad = run(cwd, "--noise", "-1")
+    assert bad.returncode == 2 and "--noise must" in bad.stderr and not bad.stdout
     return cwd / "run"
 
 
@@ -59,8 +59,7 @@ def test_the_files_of_a_run(folder):
     files = {f"figure{i}.{suffix}" for i in "23" for suffix in ("png", "pdf")}
     files |= {"args.json", "versions.json", "curves.csv", "summary.csv"}
     assert {path.name for path in folder.iterdir()} == files
-    for i in "23":
-        picture = matplotlib.image.imread(folder / f"figure{i}.png")
+    for picture in (matplotlib.image.imread(folder / f"figure{i}.png") for i in "23"):
         assert min(picture.shape[:2]) > 200 and picture[..., :3].std() > 0.05
     args = Args(**json.loads((folder / "args.json").read_text()))
     wanted = {"epochs": 3, "hidden_dim": 16, "grad_steps": 2, "run_dir": "run"}
@@ -78,39 +77,24 @@ def test_the_files_of_a_run(folder):
 
 def test_summary_follows_from_curves(folder):
     rows, curves = read(folder / "summary.csv"), read(folder / "curves.csv")
-    assert [(r["landscape"], r["method"]) for r in rows] == [
-        (name, method) for name, methods in CURVES.items() for method in methods
-    ]
+    assert [r["method"] for r in rows] == [method for x in CURVES.values() for method in x]
     for i, row in enumerate(rows):
         regret = np.reshape([float(r["regret"]) for r in curves[8 * i : 8 * i + 8]], (2, 4))
         last, average = regret[:, -1], regret.mean(axis=1)
-        expected = {
-            "seeds": 2,
-            "final_regret": last.mean(),
-            "final_se": last.std(ddof=1) / math.sqrt(2),
-            "mean_regret": average.mean(),
-            "mean_se": average.std(ddof=1) / math.sqrt(2),
-            "at_best": np.mean(last < 0.15) if row["landscape"] == "escape" else math.nan,
-        }
+        at_best = np.mean(last < 0.15) if row["landscape"] == "escape" else math.nan
+        expected = {"seeds": 2, "final_regret": last.mean(), "mean_regret": average.mean()}
+        expected |= {"final_se": last.std(ddof=1) / math.sqrt(2), "at_best": at_best}
+        expected |= {"mean_se": average.std(ddof=1) / math.sqrt(2)}
         found = {name: float(row[name]) for name in expected}
         assert found == pytest.approx(expected, abs=1e-4, nan_ok=True)
         assert 0 < float(row["final_spread"]) < 2
 
 
 def test_one_seed_has_no_standard_error():
-    regret, samples = np.random.default_rng(0).uniform(size=(3, 1)), np.zeros((1, 8))
-    row = bandit.curve_summary(LANDSCAPES["escape"], regret, samples)
+    row = bandit.curve_summary(LANDSCAPES["escape"], np.ones((3, 1)), np.zeros((1, 8)))
     row = dict(zip(bandit.SUMMARY.split(","), row, strict=True))
     assert math.isnan(row["final_se"]) and math.isnan(row["mean_se"])
-    assert row["final_regret"] == regret[-1, 0] and row["mean_regret"] == regret.mean()
-
-
-def test_help_ends_quietly_and_errors_are_usage(folder):
-    shell = f"{sys.executable} {SCRIPT} --help | head -1"
-    done = subprocess.run(shell, shell=True, capture_output=True, text=True)
-    assert done.stdout.startswith("usage") and not done.stderr
-    done = run(folder.parent, "--noise", "-1")
-    assert done.returncode == 2 and "--noise must" in done.stderr and not done.stdout
+    assert row["final_regret"] == row["mean_regret"] == 1
 
 
 def test_run_folders_are_exclusive(tmp_path, monkeypatch, capsys):
@@ -147,10 +131,8 @@ def test_bad_flags_are_named(name):
     "figure,flags,names",
     [
         ("2", {}, "linear square exp linear_neg"),
-        ("3", {}, "linear square exp"),
         ("3", {"neg_clip": -0.1}, "linear square exp linear_neg"),
         ("2", {"neg_clip": 0.0}, "linear square exp"),
-        ("2", {"weighting": "linear"}, "linear"),
         ("3", {"weighting": "square", "neg_clip": -0.1}, "square_neg"),
     ],
 )
@@ -184,16 +166,6 @@ def test_rewards_are_those_of_the_header():
     assert starts["broad"] == starts["sharp"] == pytest.approx((0, 0.6))
 
 
-def test_weights_have_mean_1_and_the_clip():
-    q = np.random.default_rng(0).normal(size=64).astype(np.float32)
-    for weighting, clip in (("exp", 0.0), ("linear", -0.6), ("square", 0.0)):
-        w = bandit.sample_weights(weighting, clip, jnp.asarray(q), 0.25)
-        assert w.mean() == pytest.approx(1, abs=1e-4) and (np.diff(w[np.argsort(q)]) >= 0).all()
-        assert w.min() == pytest.approx(clip, abs=1e-6 if weighting != "exp" else 0.1)
-    softmax = np.exp(q / 0.25) / np.exp(q / 0.25).mean()
-    np.testing.assert_allclose(bandit.sample_weights("exp", 0.0, q, 0.25), softmax, rtol=1e-4)
-
-
 # ---- training ----------------------------------------------------------------------------------
 
 FULL = Args(num_seeds=8, neg_clip=-0.6)
@@ -215,21 +187,6 @@ def one_epoch(start, args, epoch, landscape=LANDSCAPES["escape"]):
     return np.concatenate([x.ravel() for x in jax.tree.leaves(new.theta)]), np.exp(new.log_lam)
 
 
-def test_the_flow_recovers_its_initial_gaussian(start):
-    for name, learners in start[1].items():
-        samples = np.asarray(bandit.final_samples(learners, start[0]))
-        assert samples.shape == (8, 1024) and np.abs(samples).max() <= 2
-        x = LANDSCAPES[name]
-        exact = np.clip(x.mean + x.std * norm.ppf((np.arange(1024) + 0.5) / 1024), -2, 2)
-        assert np.abs(np.sort(samples) - exact[None]).mean(axis=1).max() < 0.065  # measured: 0.05
-
-
-def test_keys_are_those_of_the_seeds():
-    keys = bandit.seed_keys(Args(seed=3, num_seeds=4))
-    third = jax.random.key_data(jax.random.key(5))
-    np.testing.assert_array_equal(jax.random.key_data(keys)[2], third)
-
-
 def test_the_clip_falls_to_0(start):
     """From half of the epochs on, Lin. Neg. is Linear; before, it is not."""
     for epoch, same in ((80, False), (100, True), (150, True)):
@@ -244,12 +201,6 @@ def test_the_noise_falls_to_0_and_lam_is_constant_or_follows_its_dual(start):
         assert np.allclose(theta, quiet, atol=1e-4) == same
         assert lam == pytest.approx(0.25) and np.abs(dual - 0.25).min() > 0.01
         assert np.median(dual) < 0.25  # greedier: KL is below 3 at first, for most of the seeds
-
-
-def test_training_does_not_see_the_scale_of_the_reward(start):
-    escape = LANDSCAPES["escape"]
-    large = one_epoch(start, LINEAR, 0, escape._replace(h=4 * escape.h))[0]
-    np.testing.assert_allclose(large, one_epoch(start, LINEAR, 0)[0], atol=2e-3)
 
 
 def test_figure_2_negative_weights_leave_the_lower_optimum(start):

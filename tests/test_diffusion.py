@@ -178,13 +178,13 @@ def exact_velocity(levels, mean, std):
     return velocity
 
 
-def draw(monkeypatch, velocity, count, **flags):
+def draw(monkeypatch, velocity, count, seed=6, **flags):
     """sample_actions with another velocity in the place of the network's -> a0 [count]."""
     args = dataclasses.replace(ARGS, **flags)
     monkeypatch.setattr(simpo_mujoco, "policy_velocity", lambda *_: velocity)
     theta = {"net": [{"b": np.zeros(1)}]}
     sample = jax.jit(lambda key: sample_actions(args, theta, np.zeros((1, 1)), count, key))
-    return np.asarray(sample(jax.random.key(6)), np.float64).reshape(count)
+    return np.asarray(sample(jax.random.key(seed)), np.float64).reshape(count)
 
 
 def moments_after(sampler, visited, mean, std):
@@ -209,13 +209,12 @@ def test_sampler_is_the_linear_recursion_for_one_gaussian(monkeypatch, sampler, 
     mean, std = moments_after(sampler, visited, 0.2, 0.15)
     assert a0.mean() == pytest.approx(mean, abs=0.002)
     assert a0.std() == pytest.approx(std, rel=0.01)
-
-
-def test_spread_left_by_one_pass_of_the_sampler():
-    """ddpm does not narrow a policy that is refitted to its samples, dpm2 with six steps a bit."""
-    for std in (0.3, 0.1):
-        assert moments_after("ddpm", 20, 0, std)[1] > std
-        assert std > moments_after("dpm2", 6, 0, std)[1] > 0.65 * std
+    assert (std > 0.15) == (sampler == "ddpm")  # dpm2 narrows a policy that is refitted
+    again, other = (
+        draw(monkeypatch, exact_velocity(20, 0.2, 0.15), 60_000, seed, **flags) for seed in (6, 7)
+    )
+    np.testing.assert_array_equal(again, a0)
+    assert abs(np.corrcoef(other, a0)[0, 1]) < 0.02
 
 
 @pytest.mark.parametrize("levels", [2, 4])
@@ -230,15 +229,6 @@ def test_sampler_clips_the_predicted_action(monkeypatch, levels):
 
         a0 = draw(monkeypatch, velocity, 5, diffusion_steps=levels, sampling_steps=levels)
         np.testing.assert_allclose(a0, expected, atol=1e-5)
-
-
-def test_sample_actions_shape_range_and_randomness():
-    obs, theta = random_batch()[0], tiny_state().theta
-    sample = jax.jit(functools.partial(sample_actions, ARGS), static_argnums=2)
-    a0, again, other = (np.asarray(sample(theta, obs, 4, jax.random.key(i))) for i in (8, 8, 9))
-    assert a0.shape == (6, 4, 2) and np.abs(a0).max() <= 1
-    assert a0.std(axis=1).mean() > 1e-2 and np.abs(a0 - other).max() > 1e-2
-    np.testing.assert_array_equal(a0, again)
 
 
 # ---- matching loss ----------------------------------------------------------------------------
@@ -269,9 +259,6 @@ def test_matching_loss_equals_a_second_evaluation(monkeypatch):
     expected = np.mean(w * np.sum(np.minimum(error, BOUND), axis=-1))
     assert float(loss) == pytest.approx(expected, rel=1e-4)
     # t is uniform on all T steps, the noise standard normal, both anew for each sample
-    assert t.shape == (200, 4) and noise.shape == (200, 4, 2)
     np.testing.assert_allclose(np.bincount(t.ravel()) / t.size, 1 / T, atol=0.06)
     assert abs(noise.mean()) < 0.1 and noise.std() == pytest.approx(1, abs=0.08)
-    assert abs(np.corrcoef(noise.reshape(-1, 2).T)[0, 1]) < 0.15
-    assert abs(np.corrcoef(noise[:, 0, 0], noise[:, 1, 0])[0, 1]) < 0.25
-    assert len(np.unique(noise)) == noise.size
+    assert len(np.unique(noise)) == noise.size == 200 * 4 * 2

@@ -15,7 +15,6 @@ from conftest import (
     ROOT,
     TINY,
     arrays_of,
-    assert_refused,
     assert_same_end,
     read_evals,
     run_main,
@@ -46,38 +45,25 @@ def flat(now):
 
 # ---- rewards ----------------------------------------------------------------------------------
 
-TABLE = {  # at 0, 2.5, 5, 7.5 and 10 m/s
-    "sqrt": (0, 0.5, 0.7071, 0.8660, 1),
-    "linear": (0, 0.25, 0.5, 0.75, 1),
-    "square": (0, 0.0625, 0.25, 0.5625, 1),
-    "exp": (4.5e-5, 5.5e-4, 6.7e-3, 0.0821, 1),
-}
+SHAPES = {"sqrt": np.sqrt, "linear": np.float64, "square": np.square}  # of v / v*
+REWARDS = [(d, r) for d in ("cheetah", "walker") for r in ("sqrt", "linear", "square", "exp")]
 
 
-@pytest.mark.parametrize("reward,values", TABLE.items())
-def test_values_of_the_cheetahs_rewards(reward, values):
-    args = with_reward(CHEETAH, reward)
-    found = [landscape(args, v, 0.0) for v in (0, 2.5, 5, 7.5, 10)]
-    np.testing.assert_allclose(found, values, rtol=1e-2, atol=1e-12)
-    assert landscape(args, -3.0, 0.0) == found[0] and landscape(args, 12.0, 1.0) == 1
-    slope = {"sqrt": 0.5, "linear": 1, "square": 2, "exp": 10}[reward]  # at the top, in 1 / v*
-    assert (1 - landscape(args, 10 - 1e-6, 0.0)) / 1e-7 == pytest.approx(slope, rel=1e-3)
-    assert landscape(CHEETAH, 5.0, 0.7) == 0.7
-
-
-def walker_reward(reward, physics):
-    """dm_control's reward for walker-run, written out, with the shape in the place of `move`."""
+def plain_reward(domain, reward, physics):
+    """Of cheetah-run, and of walker-run by dm_control's formula with the shape in the place of
+    `move`; v* is 10 and 8 m/s."""
+    top, speed = (10, physics.speed) if domain == "cheetah" else (8, physics.horizontal_velocity)
+    v = np.clip(speed(), 0, top)
+    move = np.exp(v - top) if reward == "exp" else SHAPES[reward](v / top)
+    if domain == "cheetah":
+        return move
     standing = rewards.tolerance(physics.torso_height(), bounds=(1.2, math.inf), margin=0.6)
-    stand = (3 * standing + (1 + physics.torso_upright()) / 2) / 4
-    v = np.clip(physics.horizontal_velocity(), 0, 8)
-    shapes = {"sqrt": np.sqrt(v / 8), "linear": v / 8, "square": (v / 8) ** 2}
-    return stand * (5 * (shapes | {"exp": np.exp(v - 8)})[reward] + 1) / 6
+    return (3 * standing + (1 + physics.torso_upright()) / 2) / 4 * (5 * move + 1) / 6
 
 
-@pytest.mark.parametrize("domain,reward", [("cheetah", "linear"), *(("walker", r) for r in TABLE)])
+@pytest.mark.parametrize("domain,reward", REWARDS)
 def test_rewards_along_a_random_episode(domain, reward):
-    """cheetah linear and walker linear are dm_control's own; walker keeps its factor `stand`.
-    A push now and then leads through all speeds."""
+    """`linear` is dm_control's own; a push now and then leads through all speeds."""
     args = dataclasses.replace(CHEETAH, domain=domain, reward=reward)
     env, (theirs, _), rng, found = DMControl(args), peer(args, 3), np.random.default_rng(0), []
     env.reset(seed=3)
@@ -89,29 +75,27 @@ def test_rewards_along_a_random_episode(domain, reward):
         action = rng.uniform(-1, 1, 6)
         now = theirs.step(action)
         _, ours, *ends, _ = env.step(action)
-        expected = now.reward if reward == "linear" else walker_reward(reward, theirs.physics)
-        assert ours == pytest.approx(expected, abs=1e-12, rel=0)
+        assert ours == pytest.approx(plain_reward(domain, reward, theirs.physics), abs=1e-12)
+        assert reward != "linear" or ours == pytest.approx(now.reward, abs=1e-12, rel=0)
         assert ends == [False, False]
         found.append(ours)
     assert min(found) < 0.05 and max(found) > 0.9
+    assert landscape(CHEETAH, 5.0, 0.7) == 0.7
 
 
 # ---- observations and episodes ----------------------------------------------------------------
 
 
 def test_observations_have_the_documented_order():
-    rng = np.random.default_rng(0)
     for args, size in ((CHEETAH, 17), (WALKER, 24)):
         env = make_env(args, 0, {})
         env.reset(seed=1)
-        obs = env.step(rng.uniform(-1, 1, 6))[0]
-        data = env.unwrapped.env.physics.data
+        obs, data = env.step(np.linspace(-1, 1, 6))[0], env.unwrapped.env.physics.data
         head = data.qpos[1:]
         if args is WALKER:  # the rows of xmat are bodies, the world first: xx xy xz yx ...
             head = [*data.xmat[1:, [0, 2]].ravel(), data.xpos[1, 2]]
         np.testing.assert_array_equal(obs, np.float32([*head, *data.qvel]))
         assert obs.shape == env.observation_space.shape == (size,)
-        assert env.action_space.shape == (6,)
 
 
 def test_the_time_limit_truncates_with_the_true_last_observation():
@@ -150,14 +134,6 @@ def test_a_physics_error_truncates(capsys, value):
     fresh, (_, first) = env.reset(seed=3)[0], peer(CHEETAH, 3)
     np.testing.assert_array_equal(fresh, flat(first))
     assert env.step(np.zeros(6))[2:4] == (False, False)
-
-
-def test_an_action_that_is_not_finite_is_no_physics_error(capsys):
-    envs = make_envs(CHEETAH)
-    envs.reset(seed=0)
-    with pytest.raises(SystemExit) as end:
-        envs.step(np.full((2, 6), np.nan, np.float32))
-    assert_refused((end.value.code, "", capsys.readouterr().err), "action of environment 0", code=1)
 
 
 # ---- the script -------------------------------------------------------------------------------
@@ -204,8 +180,6 @@ def whole(tmp_path_factory, quick_compiler):
 
 
 def test_a_run_writes_its_folder(whole):
-    names = {path.name for path in whole.iterdir() if "tfevents" not in path.name}
-    assert names == {"args.json", "versions.json", "eval.csv", "checkpoint.npz"}
     args = json.loads((whole / "args.json").read_text())
     assert (args["domain"], args["task"], args["reward"]) == ("pendulum", "swingup", "stock")
     assert "dm_control" in json.loads((whole / "versions.json").read_text())
@@ -236,17 +210,17 @@ def test_evaluate_with_a_film(whole, tmp_path, twin):
     assert list(read_evals(tmp_path / "run", "evaluate.csv")[0, [0, 1, 3]]) == [2400, 0, 30]
 
 
-@pytest.mark.parametrize(
-    "line,mention",
-    [
-        ("--domain nonsense", "nonsense"),
-        ("--task fly --domain walker", "fly"),
-        ("--reward exp --domain walker --task walk", "--reward"),
-        ("--reward linear --domain cartpole --task balance", "--reward"),
-        ("--domain lqr --task lqr_2_1", "bounded"),
-        ("--neg-clip 0.1", "--neg-clip"),
-    ],
-)
+BAD = {
+    "--domain nonsense": "nonsense",
+    "--task fly --domain walker": "fly",
+    "--reward exp --domain walker --task walk": "--reward",
+    "--reward linear --domain cartpole --task balance": "--reward",
+    "--domain lqr --task lqr_2_1": "bounded",
+    "--neg-clip 0.1": "--neg-clip",
+}
+
+
+@pytest.mark.parametrize("line,mention", BAD.items())
 def test_bad_input_names_its_flag(tmp_path, line, mention):
     code, out, err = call(tmp_path, *line.split())
     assert code == 2 and mention in err and "Traceback" not in err, err

@@ -39,8 +39,10 @@ def power_of(name):
 
 
 def random_q(offset=0.0):
-    """[8, N] on a grid of 1/64, so that adding an integer is exact in float32."""
-    return np.float32(np.round(np.random.default_rng(0).normal(size=(8, N)) * 64) / 64 + offset)
+    """[8, N] on a grid of 1/64, so that adding an integer is exact in float32; with ties."""
+    q = np.round(np.random.default_rng(0).normal(size=(8, N)) * 64) / 64
+    q[:, 4] = q[:, 5]
+    return np.float32(q + offset)
 
 
 def expected(name, q, lam):
@@ -74,19 +76,6 @@ def test_values(name):
         np.testing.assert_allclose(w, expected(name, q, lam), rtol=3e-5, atol=3e-5)
 
 
-@each_case
-def test_mean_and_sign(name):
-    """Mean 1 over the samples (0 for wd1), and negative weights only where they are asked for."""
-    for offset, lam in ((-1e4, 0.1), (0, 0.01), (500, 0.1), (1e4, 100.0)):
-        w = np.float64(jit_weights(args_of(name), random_q(offset), jnp.float32(lam)))
-        if name == "qvpo":
-            assert w.min() == 0 and w.max() > 0
-            continue
-        np.testing.assert_allclose(w.mean(axis=-1), 0 if name == "wd1" else 1, atol=1e-4)
-        signed = name == "wd1" or CASES[name].get("neg_clip", 0) < 0 and lam < 1
-        assert (w.min() < 0) == signed
-
-
 @pytest.mark.parametrize("name", POWER_CASES)
 def test_the_smallest_weight_is_the_clip(name):
     """Where samples are cut off, the smallest weight is exactly l; nowhere is it smaller."""
@@ -98,15 +87,15 @@ def test_the_smallest_weight_is_the_clip(name):
 
 
 @each_case
-def test_order_shift_and_ties(name):
-    """w does not fall as q rises, does not move with q, and is equal for equal samples."""
-    args, lam = args_of(name), jnp.float32(0.3)
-    q = np.sort(random_q(), axis=-1)
-    q[:, 4] = q[:, 5]
+def test_mean_order_shift_and_ties(name):
+    """Mean 1 (wd1: 0) also far from 0; w does not move with q, and equal samples weigh equally."""
+    args, lam, q = args_of(name), jnp.float32(0.3), random_q()
     w = np.asarray(jit_weights(args, q, lam))
-    assert np.diff(w, axis=-1).min() >= 0 and np.diff(w, axis=-1).max() > 0.1
     np.testing.assert_array_equal(w[:, 4], w[:, 5])
     np.testing.assert_array_equal(jit_weights(args, q + 4096, lam), w)
+    if name != "qvpo":
+        mean = np.float64(jit_weights(args, q - 1e4, jnp.float32(0.01))).mean(axis=-1)
+        np.testing.assert_allclose(mean, 0 if name == "wd1" else 1, atol=1e-4)
     flat = np.asarray(jit_weights(args, np.full_like(q, 7.0), lam))
     np.testing.assert_allclose(flat, 0.0 if name in ("qvpo", "wd1") else 1.0, atol=1e-6)
 
@@ -127,24 +116,11 @@ def test_the_papers_variants_by_hand():
     """Linear, Square and their negative variants (Tables 2 and 3) on four samples, lam = 1."""
     far, near = np.float32([[0, 0, 0, 10]]), np.float32([[0, 0.5, 0.5, 1]])
     for weighting in ("linear", "square"):
-        plain = Args(weighting=weighting, num_samples=4, eps_kl=1.0)
-        neg = Args(weighting=weighting, neg_clip=-0.05, num_samples=4, eps_kl=1.0)
-        w = [jit_weights(args, far, jnp.float32(1)) for args in (plain, neg)]
-        np.testing.assert_allclose(w[0], [[0, 0, 0, 4]], atol=1e-5)
-        np.testing.assert_allclose(w[1], [[-0.05, -0.05, -0.05, 4.15]], atol=1e-5)
-    w = jit_weights(Args(num_samples=4, eps_kl=1.0), near, jnp.float32(1))
-    np.testing.assert_allclose(w, [[0.5, 1, 1, 1.5]], atol=1e-5)
+        for neg_clip, w in ((0.0, [0, 0, 0, 4]), (-0.05, [-0.05, -0.05, -0.05, 4.15])):
+            args = Args(weighting=weighting, neg_clip=neg_clip, num_samples=4)
+            np.testing.assert_allclose(jit_weights(args, far, jnp.float32(1)), [w], atol=1e-5)
     # nothing is cut off: y = z + (0, .5, .5, 1), mean y^2 = (z + .5)^2 + 1/8 = 1
-    y = np.sqrt(7 / 8) - 0.5 + near.astype(np.float64)
-    w = jit_weights(Args(weighting="square", num_samples=4, eps_kl=1.0), near, jnp.float32(1))
-    np.testing.assert_allclose(w, y**2, atol=1e-5)
-
-
-def test_power_is_linear_at_1_and_square_at_2():
-    q, lam = random_q(), jnp.float32(0.4)
-    for power, weighting in ((1.0, "linear"), (2.0, "square")):
-        for neg_clip in (0.0, -0.1):
-            general = Args(weighting="power", power=power, neg_clip=neg_clip, num_samples=N)
-            named = Args(weighting=weighting, neg_clip=neg_clip, num_samples=N)
-            w = [jit_weights(args, q, lam) for args in (general, named)]
-            np.testing.assert_allclose(w[0], w[1], atol=1e-5)
+    y = np.sqrt(7 / 8) - 0.5 + near[0].astype(np.float64)
+    for weighting, w in (("linear", [0.5, 1, 1, 1.5]), ("square", y**2)):
+        args = Args(weighting=weighting, num_samples=4)
+        np.testing.assert_allclose(jit_weights(args, near, jnp.float32(1)), [w], atol=1e-5)

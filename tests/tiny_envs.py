@@ -83,16 +83,6 @@ class Lists(Point):
         return obs, reward, 0, int(self.clock == 9), info | {str(self.clock): "text"}
 
 
-class TwoRewards(Point):
-    def reward(self):
-        return np.zeros(2)
-
-
-class WrongObs(Point):
-    def observe(self):
-        return super().observe()[:2]
-
-
 class Nan(Point):
     """Not finite in float32 at one place: kind = reset, observation or reward; later than it."""
 
@@ -106,13 +96,6 @@ class Nan(Point):
 
     def reward(self):
         return self.value if (self.kind, self.clock) == ("reward", self.after) else 0.0
-
-
-class Both(Point):
-    """Terminated and truncated in one step."""
-
-    def ends(self):
-        return self.clock == 6
 
 
 class GlobalRandom(Point):
@@ -132,19 +115,14 @@ class NoRenderMode(Point):
         super().__init__()
 
 
-class NoDriver(Point):
-    def render(self):
-        raise RuntimeError("no graphics\ndriver")
-
-
 class LosesDriver(Point):
     """Renders so many frames, and then no more."""
 
     frames = 60
 
     def render(self):
-        LosesDriver.frames -= 1
-        if LosesDriver.frames < 0:
+        type(self).frames -= 1
+        if self.frames < 0:
             raise RuntimeError("the driver is gone")
         return super().render()
 
@@ -158,9 +136,13 @@ ATTRIBUTES = {
     "Whole": {"act_dtype": np.int64},
     "NoAction": {"shape": (0,)},
     "Image": {"observation_space": Box(-1, 1, (2, 2))},
+    "TwoRewards": {"reward": lambda self: np.zeros(2)},
+    "WrongObs": {"observe": lambda self: np.zeros(2)},
+    "Both": {"ends": lambda self: self.clock == 6},  # terminated and truncated in one step
     "Goal": {"observation_space": gym.spaces.Dict(goal=Box(-1, 1, (3,)))},
 }
 globals().update({name: type(name, (Point,), x) for name, x in ATTRIBUTES.items()})
+NoDriver = type("NoDriver", (LosesDriver,), {"frames": 0})
 KINDS = [x for x in list(globals().values()) if isinstance(x, type) and issubclass(x, Point)]
 for kind in KINDS:
     gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=50)

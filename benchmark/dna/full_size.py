@@ -1,6 +1,6 @@
 """Parity with the original classes, time and memory at the full size of DRAKES' networks.
 
-    python tests/fixtures/make_dna_fixtures.py --full --out FOLDER --drakes DIR --grelu DIR
+    python dna/tests/make_fixtures.py --full --out FOLDER --drakes DIR --grelu DIR
     python benchmark/dna/full_size.py FOLDER
 
 The first command (its docstring says what it needs) writes checkpoints of the published sizes with
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 @dataclasses.dataclass(frozen=True)
 class Args:
     folder: tyro.conf.Positional[Path]
-    """where make_dna_fixtures.py --full wrote"""
+    """where make_fixtures.py --full wrote"""
     batch_size: int = 64
     """sequences of a call"""
     repeats: int = 3
@@ -109,7 +109,7 @@ def measure_generator(args, name, send):
 def main(args):
     for name in ("oracle", "pretrained"):
         if not (args.folder / f"{name}.ckpt").exists():
-            sys.exit(f"error: {args.folder} has no {name}.ckpt of make_dna_fixtures.py --full")
+            sys.exit(f"error: {args.folder} has no {name}.ckpt of make_fixtures.py --full")
     spawn = multiprocessing.get_context("spawn")
     with args.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -358,6 +359,7 @@ def make_run_dir(args):
     """A folder that no other run has, with args.json and versions.json."""
     name = f"bandit__simpo_bandit__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     versions = {x: version(x) for x in ("jax", "optax", "numpy", "matplotlib")}
+    versions["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
     for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
         run_dir = Path(args.run_dir or f"runs/{name}{suffix}")
         try:

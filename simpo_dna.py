@@ -25,8 +25,8 @@ import functools
 import json
 import math
 import os
-import platform
 import signal
+import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -651,8 +651,8 @@ def make_run_dir(args):
     if jax.process_index():  # the first process alone writes
         return Path(args.run_dir or name)
     packages = {p: version(p) for p in ("jax", "jaxlib", "optax", "numpy", "scipy")}
+    packages["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
     content = {"args": dataclasses.asdict(args), "versions": packages}
-    content["versions"]["python"] = platform.python_version()
     for suffix in ("", *(f"-{i}" for i in range(1, 1000))):
         run_dir = Path(args.run_dir or name + suffix)
         try:
@@ -684,6 +684,8 @@ def train(args, run_dir, phase, state, step_once, whole):
         state = fill({"state": state}, arrays, path)["state"]
     state, lead = place(state, whole), not jax.process_index()
     log = SummaryWriter(str(run_dir), purge_step=first + step + 1) if lead else None
+    if lead:
+        log.add_text("args", "\n".join(f"    {name}: {x}" for name, x in vars(args).items()))
     bar = tqdm(total=total, initial=step, desc=phase, disable=None if lead else True)
     while step < total:
         due = (step + 1) % log_every == 0 or step + 1 == total

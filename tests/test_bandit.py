@@ -64,7 +64,7 @@ def test_the_files_of_a_run(folder):
     args = Args(**json.loads((folder / "args.json").read_text()))
     wanted = {"epochs": 3, "hidden_dim": 16, "grad_steps": 2, "run_dir": "run"}
     assert args == Args(seed=5, num_seeds=2, **wanted)
-    assert json.loads((folder / "versions.json").read_text())["jax"] == jax.__version__
+    assert {"jax", "commit"} < set(json.loads((folder / "versions.json").read_text()))
     keys = [list(row.values())[:4] for row in read(folder / "curves.csv")]
     assert keys == [
         [name, method, str(seed), str(epoch)]

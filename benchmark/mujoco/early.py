@@ -15,7 +15,13 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = {"newest policy": "tab:gray", "pi_old, M = 1": "tab:olive", "pi_old, M = 4": "tab:red"}
+COLOURS = {
+    "newest policy": "tab:gray",
+    "pi_old, M = 1": "tab:olive",
+    "pi_old, M = 4": "tab:red",
+    "pi_old, M = 4, noise 0.1, smaller critic": "tab:pink",
+    "pi_old, M = 4, noise 0.1, actions 0.2": "tab:cyan",
+}
 
 
 def main(out: Path = Path("early.png")):

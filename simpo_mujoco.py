@@ -552,7 +552,7 @@ def train(args, run_dir, envs, replay, state, keys, step, stop):
         wandb.init(project="simpo", id=run_dir.name, resume="allow", sync_tensorboard=True)
     log = SummaryWriter(str(run_dir), purge_step=step + 1)
     log.add_text("args", "\n".join(f"    {name}: {x}" for name, x in vars(args).items()))
-    fast = "; the fast setting is --sampler dpm2 --sampling-steps 6 --num-samples 8"
+    fast = "; faster: --sampler dpm2 --sampling-steps 6 --num-samples 8" * (args.sampler == "ddpm")
     if getattr(envs.envs[0].spec, "max_episode_steps", 0) is None:
         print(f"no time limit: an episode of an evaluation ends after {EPISODE_LIMIT} steps")
     bar, clock, speed, first = tqdm(disable=True), None, "", True

@@ -518,6 +518,7 @@ def test_a_run_writes_its_folder(outcome, root, call):
     }
     args, versions = (json.loads((whole / f"{x}.json").read_text()) for x in ("args", "versions"))
     assert {"jax", "commit"} < set(versions)
+    assert any(b"neg_clip: -0.2" in path.read_bytes() for path in whole.glob("events.*"))
     assert (args["neg_clip"], args["data"], args["batch_size"]) == (-0.2, "tiny.csv", 16)
     pretrain, finetune = (curve_of(whole, phase) for phase in ("pretrain", "finetune"))
     np.testing.assert_array_equal([*pretrain["step"], *finetune["step"]], [50, 60, 1, 2, 3])

@@ -79,7 +79,7 @@ def test_a_run_writes_its_folder_and_says_how_it_goes(whole):
         ret = rows[rows[:, 0] == step, 2]
         assert f"step {step}: return {ret.mean():.1f} +- {ret.std():.1f}" in out
     assert out.index("step 0: ") < out.index("compiling") < out.index("step 1200: ")
-    assert re.search(r"^step 2105, \d+ steps a second, \d\.\d hours left; the fast ", out, re.M)
+    assert re.search(r"^step 2105, \d+ steps a second, \d\.\d hours left; faster: ", out, re.M)
     assert (counts == 5 + 3 * 2).all()  # each environment was closed
     others = [x for x in seeds if x not in (2**31, 2**31 + 1)]
     assert seeds.count(2**31) == seeds.count(2**31 + 1) == 3  # the same starts every time

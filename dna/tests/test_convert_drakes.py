@@ -8,21 +8,16 @@ make_fixtures.py made the checkpoints from the original classes.
 import collections
 import os
 import pickle
-import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import FIXTURES
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from dna import convert_drakes  # noqa: E402
-from dna.data import UsageError, load_arrays, save_arrays  # noqa: E402
+from dna import convert_drakes
+from dna.data import UsageError, load_arrays, save_arrays
 
 torch = pytest.importorskip("torch")
-FIXTURES = ROOT / "dna" / "tests" / "fixtures"
 NAMES = [("pretrained", "raw"), ("pretrained", "ema"), ("finetuned", "raw"), ("oracle", "raw")]
 
 

@@ -4,28 +4,18 @@ import csv
 import gzip
 import itertools
 import json
-import sys
 import zipfile
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from scipy import stats
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import simpo_dna  # noqa: E402
-from dna import data, oracles  # noqa: E402
-from dna.data import (  # noqa: E402
-    UsageError,
-    generate_data,
-    load_arrays,
-    read_data,
-    save_arrays,
-)
-from dna.oracles import load_motifs, load_oracle, motif_hits, motif_score  # noqa: E402
+import simpo_dna
+from dna import data, oracles
+from dna.data import UsageError, generate_data, load_arrays, read_data, save_arrays
+from dna.oracles import load_motifs, load_oracle, motif_hits, motif_score
 
 SITES = ROOT.parent / "shared/data/dhs_hepg2_k562.csv.gz"
 

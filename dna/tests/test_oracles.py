@@ -1,29 +1,14 @@
 """The oracle of DRAKES, Enformer, against the original PyTorch one: make_fixtures.py made the
 outputs, dna/convert_drakes.py the npz."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import FIXTURES
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from dna import oracles  # noqa: E402
-from dna.data import load_arrays, nest  # noqa: E402
-
-FIXTURES = ROOT / "dna" / "tests" / "fixtures"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    """Most of the time of this file is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+from dna import oracles
+from dna.data import load_arrays, nest
 
 
 def fixture(name):

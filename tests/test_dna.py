@@ -253,9 +253,6 @@ def test_negative_weights_stop_at_the_floor():
     assert moved[0]["head"][1]["b"][0] == -5 > moved[1]["head"][1]["b"][0]
 
 
-# ---- groups, replay, table ---------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def shards():
     return sd.make_shards(SMALL)
@@ -607,9 +604,6 @@ def test_files_of_drakes_and_a_judge_of_your_own(outcome, root):
         assert keys["eval"] == np.isin(x, (1, 2)).sum()
 
 
-# ---- flags and errors --------------------------------------------------------------------------
-
-
 @pytest.fixture
 def call(monkeypatch, capsys, root):
     """call(line) -> exit code, stdout, stderr of the script in this process and folder."""
@@ -700,3 +694,9 @@ def test_a_tuned_model_is_named_for_what_it_is(call, root):
     flags = "--pretrained t.npz --finetune-steps 0 --sampling-steps 4 --eval-samples 32"
     assert call(f"{flags} --run-dir tuned")[0] == 0
     assert list(table_of(root / "tuned")) == ["simpo-exp"]
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sd.time, "strftime", lambda _: "now")
+    assert len({sd.make_run_dir(SMALL) for _ in range(3)}) == 3

@@ -9,15 +9,16 @@ import collections
 import os
 import pickle
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FIXTURES
 
 from dna import convert_drakes
 from dna.data import UsageError, load_arrays, save_arrays
 
 torch = pytest.importorskip("torch")
+FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = [("pretrained", "raw"), ("pretrained", "ema"), ("finetuned", "raw"), ("oracle", "raw")]
 
 

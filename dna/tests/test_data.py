@@ -5,11 +5,11 @@ import gzip
 import itertools
 import json
 import zipfile
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
 from scipy import stats
 
 import simpo_dna
@@ -17,7 +17,7 @@ from dna import data, oracles
 from dna.data import UsageError, generate_data, load_arrays, read_data, save_arrays
 from dna.oracles import load_motifs, load_oracle, motif_hits, motif_score
 
-SITES = ROOT.parent / "shared/data/dhs_hepg2_k562.csv.gz"
+SITES = Path(__file__).resolve().parents[3] / "shared/data/dhs_hepg2_k562.csv.gz"
 
 # ---- motif reward ------------------------------------------------------------------------------
 

@@ -1,14 +1,17 @@
 """The oracle of DRAKES, Enformer, against the original PyTorch one: make_fixtures.py made the
 outputs, dna/convert_drakes.py the npz."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FIXTURES
 
 from dna import oracles
 from dna.data import load_arrays, nest
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def fixture(name):

@@ -14,7 +14,7 @@ Where the paper is silent, or we depart from it (docs/mujoco.md has the numbers 
    of the batch, by ancestral steps of variance beta_t: else the policy collapses to a point.
 2. Gaussian noise is added to these samples, none to actions; the squared error is bounded.
 3. Critic targets take the best of 4 next actions, actions the best of 8, evaluations the best of N.
-4. The value that weights a sample is the mean of the critics; eq. (11) also clips other powers.
+4. The value that weights a sample is the smaller critic's; eq. (11) also clips other powers.
 5. lam takes its dual step in log space, with a floor relative to the spread of q.
 6. Appendix F.2 prints rewards that fall with speed; ours rise, as its text says.
 """
@@ -71,9 +71,8 @@ class Args:
     old_policy_every: int = 250  # updates between two copies of the policy to the sampled one
     target_samples: int = 4  # M: the critics' target takes the best of M next actions
     act_samples: int = 8  # the action taken is the best of so many; an evaluation's, of N
-    sample_noise: float = 0.2  # std of Gaussian noise on the weighted samples, which are in [-1, 1]
+    sample_noise: float = 0.1  # std of Gaussian noise on the weighted samples, which are in [-1, 1]
     error_bound: float = 5.0  # on the squared error of an action dimension; ends a repulsion
-    weight_by: Literal["mean", "min"] = "mean"  # of both critics, the value that weights a sample
     # optimisation
     policy_lr: float = 3e-4  # at the first update, then linearly to
     policy_lr_end: float = 3e-5  # at the last one
@@ -305,8 +304,7 @@ def update_policy(args, state, obs, key):
     a0 = sample_actions(args, state.theta_old, obs, args.num_samples, k_sample)
     spread = a0.std(axis=1).mean()
     a0 += args.sample_noise * jax.random.normal(k_noise, a0.shape)
-    q = q_values(state.critics, obs, a0)  # [2, B, N]
-    q = q.mean(axis=0) if args.weight_by == "mean" else q.min(axis=0)
+    q = q_values(state.critics, obs, a0).min(axis=0)  # [B, N]
     w = weights(args, q, jnp.exp(state.log_lam))
     log_lam, kl = update_lam(state.log_lam, q, args.eps_kl)
     loss, grads = jax.value_and_grad(matching_loss)(state.theta, args, obs, a0, w, k_loss)

@@ -102,7 +102,7 @@ class Args:
         if self.eps_kl is None:
             object.__setattr__(self, "eps_kl", round(1.5 / math.log(32) * log_n, 6))
         if self.learning_starts is None:
-            object.__setattr__(self, "learning_starts", min(30_000, self.total_timesteps // 10))
+            object.__setattr__(self, "learning_starts", min(30_000, -(-self.total_timesteps // 10)))
         for name, x in vars(self).items():
             least = 1 if type(x) is int and name != "seed" else 0
             if type(x) in (int, float) and name != "neg_clip" and not x >= least:

@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,7 +47,7 @@ from tqdm import tqdm
 
 from common import solve_nu, update_lam
 
-gym.logger.min_level = gym.logger.ERROR  # the paper's tasks are v4, though v5 is newer
+warnings.filterwarnings("ignore", ".*out of date")  # the paper's tasks are v4, though v5 is newer
 EPISODE_LIMIT = 10_000  # steps of an evaluation episode that nothing else ends
 
 
@@ -98,7 +99,7 @@ class Args:
         if self.eps_kl is None:
             object.__setattr__(self, "eps_kl", round(1.5 / math.log(32) * log_n, 6))
         if self.learning_starts is None:
-            object.__setattr__(self, "learning_starts", min(30_000, self.total_timesteps // 10))
+            object.__setattr__(self, "learning_starts", min(30_000, -(-self.total_timesteps // 10)))
         for name, x in vars(self).items():
             least = 1 if type(x) is int and name != "seed" else 0
             if type(x) in (int, float) and name != "neg_clip" and not x >= least:

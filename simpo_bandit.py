@@ -394,6 +394,7 @@ def main():
     for name in {"SIGINT", "SIGPIPE"} & {*dir(signal)}:  # Ctrl-C and `--help | head` end quietly
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_default_matmul_precision", "float32")  # a GPU would keep ten bits
     if jax.config.jax_num_cpu_devices < 0:  # XLA threads one CPU device badly: make one a core
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         jax.config.update("jax_num_cpu_devices", cores)

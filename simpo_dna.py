@@ -845,6 +845,7 @@ def run(args, run_dir):
 
 
 def main():
+    jax.config.update("jax_default_matmul_precision", "float32")  # a GPU would keep ten bits
     if jax.config.jax_num_cpu_devices < 0:  # XLA threads one CPU device badly: make one a core
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         jax.config.update("jax_num_cpu_devices", min(cores, 8))

@@ -129,6 +129,7 @@ def serve(repository):
 
     import simpo_mujoco as simpo
 
+    jax.config.update("jax_default_matmul_precision", "float32")  # as its main does
     pieces = None
     with tempfile.TemporaryDirectory() as folder:
         for line in sys.stdin:

@@ -10,11 +10,11 @@ velocity = alpha_t noise - sigma_t a0. Shapes: B states, N samples a state, o ob
 E environments, H hidden units. 1M steps make 194,000 updates after 30,000 random ones; paper: 200k.
 
 Where the paper is silent, or we depart from it (docs/mujoco.md has the numbers that decided):
-1. The N samples come from a copy of the policy that is refreshed every 250 updates, at the states
-   of the batch, by ancestral steps of variance beta_t: else the policy collapses to a point.
-2. Gaussian noise is added to these samples, none to actions; the squared error is bounded.
+1. The N samples come from a slow copy of the policy, pi_old, which also acts and is evaluated, at
+   the states of the batch, by ancestral steps of variance beta_t: else the policy collapses.
+2. Gaussian noise is added to these samples and to those acted with; the squared error is bounded.
 3. Critic targets take the best of 4 next actions, actions the best of 8, evaluations the best of N.
-4. The value that weights a sample is the smaller critic's; eq. (11) also clips other powers.
+4. The value that weights a sample is the smaller target critic's; eq. (11) also clips other powers.
 5. lam takes its dual step in log space, with a floor relative to the spread of q.
 """
 
@@ -65,17 +65,17 @@ class Args:
     diffusion_steps: int = 20  # T, noise levels
     sampling_steps: int = 20  # noise levels that the sampler visits, each a call of the network
     sampler: Literal["ddpm", "dpm2"] = "ddpm"  # dpm2 is deterministic and good with six steps
-    old_policy_every: int = 250  # updates between two copies of the policy to the sampled one
     target_samples: int = 4  # M: the critics' target takes the best of M next actions
     act_samples: int = 8  # the action taken is the best of so many; an evaluation's, of N
-    sample_noise: float = 0.1  # std of Gaussian noise on the weighted samples, which are in [-1, 1]
+    noise_start: float = 0.5  # std of Gaussian noise on the samples weighted or acted with
+    noise_end: float = 0.1  # the same from 30 % of the updates on; geometric in between
     error_bound: float = 5.0  # on the squared error of an action dimension; ends a repulsion
     # optimisation
     policy_lr: float = 3e-4  # at the first update, then linearly to
     policy_lr_end: float = 3e-5  # at the last one
     critic_lr: float = 3e-4
     gamma: float = 0.99  # discount
-    tau: float = 0.005  # rate at which the target critics follow
+    tau: float = 0.005  # rate at which the target critics and pi_old follow
     reward_scale: float = 0.2
     batch_size: int = 256  # B
     policy_delay: int = 2  # updates of the critics for one of the policy
@@ -242,7 +242,7 @@ class State(NamedTuple):
     """Everything that training changes on the device."""
 
     theta: dict  # policy: its "net", and "time", the embedding of t
-    theta_old: dict  # pi_old of Algorithm 1, which the weighted samples come from
+    theta_old: dict  # pi_old of Algorithm 1, which is sampled: it follows theta slowly
     critics: list  # two networks
     critics_target: list
     theta_opt: optax.OptState
@@ -271,11 +271,21 @@ def init_state(args, obs_dim, act_dim, key):
     return State(theta, copies[0], critics, copies[1], *opts, jnp.zeros(()), jnp.int32(0))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def best_action(args, theta, critics, obs, num_samples, key, step=0):
-    """The best of some samples of the policy by the smaller critic: obs [B, o] -> [B, d]."""
-    a0 = sample_actions(args, theta, obs, num_samples, jax.random.fold_in(key, step))
-    best = jnp.argmax(q_values(critics, obs, a0).min(axis=0), axis=-1)
+def noise_std(args, step):
+    """Of the noise on samples of pi_old, after `step` updates."""
+    updates = (args.total_timesteps - args.learning_starts) / args.num_envs
+    share = jnp.minimum(step / (0.3 * updates), 1)
+    return args.noise_start ** (1 - share) * args.noise_end**share
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 6))
+def best_action(args, state, obs, num_samples, key, step=0, noisy=False):
+    """The best of some samples of pi_old by the smaller critic: obs [B, o] -> [B, d]."""
+    k_sample, k_noise = jax.random.split(jax.random.fold_in(key, step))
+    a0 = sample_actions(args, state.theta_old, obs, num_samples, k_sample)
+    if noisy:
+        a0 += noise_std(args, state.step) * jax.random.normal(k_noise, a0.shape)
+    best = jnp.argmax(q_values(state.critics, obs, a0).min(axis=0), axis=-1)
     return jnp.take_along_axis(a0, best[:, None, None], axis=1)[:, 0]
 
 
@@ -296,18 +306,19 @@ def update_policy(args, state, obs, key):
     k_sample, k_noise, k_loss = jax.random.split(key, 3)
     a0 = sample_actions(args, state.theta_old, obs, args.num_samples, k_sample)
     spread = a0.std(axis=1).mean()
-    a0 += args.sample_noise * jax.random.normal(k_noise, a0.shape)
-    q = q_values(state.critics, obs, a0).min(axis=0)  # [B, N]
+    a0 += noise_std(args, state.step) * jax.random.normal(k_noise, a0.shape)
+    q = q_values(state.critics_target, obs, a0).min(axis=0)  # [B, N]
     w = weights(args, q, jnp.exp(state.log_lam))
     log_lam, kl = update_lam(state.log_lam, q, args.eps_kl)
     loss, grads = jax.value_and_grad(matching_loss)(state.theta, args, obs, a0, w, k_loss)
     updates, opt = optimisers(args)[0].update(grads, state.theta_opt)
     theta = optax.apply_updates(state.theta, updates)
+    old = optax.incremental_update(theta, state.theta_old, args.tau)
     ess = jnp.sum(jnp.abs(w), axis=-1) ** 2 / jnp.maximum(jnp.sum(w**2, axis=-1), 1e-30)
     metrics = {"policy_loss": loss, "policy_grad_norm": optax.tree.norm(grads), "kl": kl}
     metrics |= {"lam": jnp.exp(log_lam), "ess": ess.mean(), "spread": spread}
     metrics |= {"w_max": w.max(), "w_negative": jnp.mean(w < 0)}
-    return state._replace(theta=theta, theta_opt=opt, log_lam=log_lam), metrics
+    return state._replace(theta=theta, theta_old=old, theta_opt=opt, log_lam=log_lam), metrics
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -320,7 +331,7 @@ def update(args, with_policy, state, batch, key):
     k_next, k_policy = jax.random.split(jax.random.fold_in(key, state.step))
 
     # critics: to r + gamma Q(the best of M next actions)
-    next_act = best_action(args, state.theta, state.critics, next_obs, args.target_samples, k_next)
+    next_act = best_action(args, state, next_obs, args.target_samples, k_next)
     next_q = q_values(state.critics_target, next_obs, next_act[:, None]).min(axis=0)
     target = args.reward_scale * reward + args.gamma * (1 - terminated) * next_q  # [B, 1]
 
@@ -336,13 +347,10 @@ def update(args, with_policy, state, batch, key):
 
     # policy and lam, every policy_delay updates
     state = state._replace(critics=critics, critics_target=critics_target, critics_opt=critics_opt)
-    renew = state.step % args.old_policy_every == 0
-    theta_old = jax.tree.map(lambda x, y: jnp.where(renew, x, y), state.theta, state.theta_old)
-    state = state._replace(theta_old=theta_old, step=state.step + 1)
     if with_policy:
         state, policy_metrics = update_policy(args, state, obs, k_policy)
         metrics |= policy_metrics
-    return state, metrics
+    return state._replace(step=state.step + 1), metrics
 
 
 # ---- environments and replay -------------------------------------------------------------------
@@ -359,8 +367,7 @@ class Checked(gym.Wrapper):
         bound = np.abs([act.low, act.high]).max(initial=0) if flat else np.inf  # dm_control's: 1e10
         if not (flat and act.dtype.kind == "f" and act.shape[0] and bound < 1e10):
             env.close()
-            rule = "observations and actions must be flat and real, actions bounded"
-            fail(f"{rule}, not {obs}, {act}; see gymnasium.wrappers.FlattenObservation")
+            fail(f"needs flat spaces and bounded actions, not {obs}, {act}; see FlattenObservation")
 
     def read(self, name, value, shape):
         value = np.array(value, np.float64)
@@ -413,13 +420,12 @@ class Replay:
     def __init__(self, args, path, width, written):
         rows = min(2 * args.buffer_size, args.total_timesteps) + args.num_envs
         try:
-            self.rows = np.memmap(path, np.float32, "r+" if written else "w+", shape=(rows, width))
-            if hasattr(os, "posix_fallocate"):  # a disk too full is known now, not in hours
-                with path.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, self.rows.nbytes)
-        except OSError as error:
+            if not written:  # a disk too full is known now, not in hours
+                np.zeros((rows, width), np.float32).tofile(path)
+            self.rows = np.memmap(path, np.float32, "r+", shape=(rows, width))
+        except (OSError, MemoryError) as error:
             size = f"{rows * width * 4e-9:.2f} GB, which a complete run no longer has"
-            fail(f"no replay {path} of {size}: {error.strerror}")
+            fail(f"no replay {path} of {size}: {error}")
         self.limit, self.written = args.buffer_size, written
 
     def add(self, *columns):
@@ -450,7 +456,7 @@ def evaluate(args, envs, state, key, step, run_dir, stop):
                 fail(f"--capture-video: {type(error).__name__}: {error}")
             print(f"warning: no film: {error}", file=sys.stderr)
             film = None
-        a0 = best_action(args, state.theta, state.critics, obs, args.num_samples, key, t)
+        a0 = best_action(args, state, obs, args.num_samples, key, t)
         obs, reward, terminated, truncated, _ = envs.step(np.asarray(a0))
         returns, lengths = returns + reward * running, lengths + running
         running &= ~(terminated | truncated)
@@ -551,9 +557,6 @@ def train(args, run_dir, envs, replay, state, keys, step, stop):
         wandb.init(project="simpo", id=run_dir.name, resume="allow", sync_tensorboard=True)
     log = SummaryWriter(str(run_dir), purge_step=step + 1)
     log.add_text("args", "\n".join(f"    {name}: {x}" for name, x in vars(args).items()))
-    fast = "; faster: --sampler dpm2 --sampling-steps 6 --num-samples 8" * (args.sampler == "ddpm")
-    if getattr(envs.envs[0].spec, "max_episode_steps", 0) is None:
-        print(f"no time limit: an episode of an evaluation ends after {EPISODE_LIMIT} steps")
     bar, clock, speed, first = tqdm(disable=True), None, "", True
     start = updates = int(state.step)
     while True:
@@ -579,7 +582,7 @@ def train(args, run_dir, envs, replay, state, keys, step, stop):
         if learning:
             if updates == start:
                 bar.write("compiling, which takes a minute; Ctrl-C is answered after it")
-            a0 = best_action(args, state.theta, state.critics, obs, args.act_samples, k_act, step)
+            a0 = best_action(args, state, obs, args.act_samples, k_act, step, True)
             batch = jax.device_put(replay.sample(rng, args.batch_size), split)
             with_policy = updates % args.policy_delay == 0
             state, metrics = update(args, with_policy, state, batch, k_update)
@@ -609,14 +612,12 @@ def train(args, run_dir, envs, replay, state, keys, step, stop):
             hours, first_time = (args.total_timesteps - step) / sps / 3600, not speed
             speed = f", {sps:.0f} steps a second, {hours:.1f} hours left"
             if first_time:
-                bar.write(f"step {step}{speed}{fast * (devices[0].platform == 'cpu')}")
-    bar.close()
+                bar.write(f"step {step}{speed}")
     log.close()
     Path(replay.rows.filename).unlink()  # only a resumed run needs it
 
 
 def main():
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head ends quietly
     sys.path.append(os.getcwd())  # for --env-id module:Name-v0
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "float32")  # a GPU would keep ten bits
@@ -634,7 +635,7 @@ def main():
         (o,), (d,) = envs.single_observation_space.shape, envs.single_action_space.shape
         state = init_state(args, o, d, k_init)
         if args.evaluate:  # a checkpoint may lack what only training needs
-            state = State(state.theta, None, state.critics, None, None, None, None, state.step)
+            state = State(None, state.theta_old, state.critics, None, None, None, None, state.step)
         if run_dir:
             state, step = load(run_dir / "checkpoint.npz", state)
         if not args.evaluate:
@@ -642,8 +643,7 @@ def main():
             replay = Replay(args, run_dir / "replay.dat", 2 * o + d + 2, step)
             return train(args, run_dir, envs, replay, state, keys, step, stop)
         rows = evaluate(args, envs, state, keys[2], step, run_dir, stop)
-    film = f", {run_dir}/film-{step}.mp4" if args.capture_video else ""
-    print(write_rows(run_dir / "evaluate.csv", rows) + film)
+    print(write_rows(run_dir / "evaluate.csv", rows))
 
 
 if __name__ == "__main__":

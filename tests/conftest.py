@@ -28,9 +28,9 @@ import jax  # noqa: E402
 import tiny_envs  # noqa: E402
 
 # One setting for all tests of `update` and of the scripts, so that its programs are compiled once:
-# 460 updates; pi_old is renewed every 9; discount and rates suit the probe problems.
+# 460 updates; discount and rates suit the probe problems.
 TINY = """
-    --num-samples 4 --diffusion-steps 6 --sampling-steps 4 --old-policy-every 9 --hidden-dim 16
+    --num-samples 4 --diffusion-steps 6 --sampling-steps 4 --hidden-dim 16
     --batch-size 32 --neg-clip -0.05 --gamma 0.5 --tau 0.05 --reward-scale 0.5
     --critic-lr 3e-3 --policy-lr 3e-3 --policy-lr-end 1e-3
     --total-timesteps 2400 --learning-starts 100 --buffer-size 600

@@ -79,7 +79,7 @@ def test_a_run_writes_its_folder_and_says_how_it_goes(whole):
         ret = rows[rows[:, 0] == step, 2]
         assert f"step {step}: return {ret.mean():.1f} +- {ret.std():.1f}" in out
     assert out.index("step 0: ") < out.index("compiling") < out.index("step 1200: ")
-    assert re.search(r"^step 2105, \d+ steps a second, \d\.\d hours left; faster: ", out, re.M)
+    assert re.search(r"^step 2105, \d+ steps a second, \d\.\d hours left$", out, re.M)
     assert (counts == 5 + 3 * 2).all()  # each environment was closed
     others = [x for x in seeds if x not in (2**31, 2**31 + 1)]
     assert seeds.count(2**31) == seeds.count(2**31 + 1) == 3  # the same starts every time
@@ -135,14 +135,14 @@ def test_evaluate_gives_the_last_rows_again_and_a_film(whole, tmp_path):
     """It opens the environments that it steps; the checkpoint may lack what only training needs."""
     run, last = tmp_path / "100%-run", read_evals(whole[0])[-2:]
     shutil.copytree(whole[0], run)
-    names = (".theta[", ".critics[", ".step", "env_step")
+    names = (".theta_old[", ".critics[", ".step", "env_step")
     needed = {k: x for k, x in arrays_of(run).items() if k.startswith(names)}
     np.savez(run / "checkpoint.npz", **needed)
     before = tiny_envs.Point.opened
     code, out, err = call(tmp_path, "--evaluate", "100%-run", "--capture-video")
     assert code == 0, err
     np.testing.assert_array_equal(read_evals(run, "evaluate.csv"), last)
-    assert f"step 2400: return {last[:, 2].mean():.1f}" in out and f"{run.name}/film-2400" in out
+    assert f"step 2400: return {last[:, 2].mean():.1f}" in out
     frames = np.array(imageio.mimread(run / "film-2400.mp4"))
     assert frames.shape == (50, 32, 48, 3) and tiny_envs.Point.opened == before + 2
     flags = "--evaluate 100%-run --eval-episodes 3 --num-samples 2 --eps-kl 0.3".split()
@@ -265,8 +265,7 @@ def test_values_that_are_not_finite_stop_the_run(root, monkeypatch):
 def test_an_evaluation_without_a_time_limit_ends(root, monkeypatch):
     monkeypatch.setattr(simpo_mujoco, "EPISODE_LIMIT", 30)
     stop_after(30 + 10)
-    code, out, err = call(root / "endless", *RANDOM, "--env-id", "tiny_envs:Endless-v0")
-    assert code == 143 and "no time limit: an episode of an evaluation ends after 30 steps" in out
+    assert call(root / "endless", *RANDOM, "--env-id", "tiny_envs:Endless-v0")[0] == 143
     assert read_evals(root / "endless" / "run")[0, 3] == 30
 
 

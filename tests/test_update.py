@@ -16,6 +16,7 @@ from simpo_mujoco import (
     Args,
     best_action,
     init_state,
+    noise_std,
     optimisers,
     sample_actions,
     update,
@@ -93,15 +94,17 @@ def test_two_programs_and_finite_metrics():
 
 
 def test_what_moves_when():
-    """The policy and lam every policy_delay updates, pi_old every old_policy_every, the targets
-    behind the new critics by tau."""
+    """The policy and lam every policy_delay updates; behind them by tau pi_old, and behind the new
+    critics the target critics."""
     states, metrics, _ = history(1)
     for i, (old, new) in enumerate(zip(states[:-1], states[1:], strict=True)):
         due = i % ARGS.policy_delay == 0
         assert all(moved(getattr(old, x), getattr(new, x)) == due for x in POLICY), i
         assert ("policy_loss" in metrics[i]) == due
-        assert not moved(new.theta_old, states[i - i % ARGS.old_policy_every].theta), i
         follow = lambda x, y: (1 - ARGS.tau) * x + ARGS.tau * y  # noqa: E731
+        expected = jax.tree.map(follow, old.theta_old, new.theta) if due else old.theta_old
+        assert moved(old.theta_old, new.theta_old) == due
+        assert_trees_close(new.theta_old, expected, rtol=1e-6, atol=1e-7)
         expected = jax.tree.map(follow, old.critics_target, new.critics)
         assert moved(old.critics, new.critics) and moved(new.critics, new.critics_target)
         assert_trees_close(new.critics_target, expected, rtol=1e-6, atol=1e-7)
@@ -134,14 +137,14 @@ def critics_of(*lines):
 
 
 def test_critic_target_by_hand():
-    """r + gamma (1 - end) Q', Q' the smaller *target* critic at the best of M samples of the
-    current policy, best by the smaller *online* critic."""
+    """r + gamma (1 - end) Q', Q' the smaller *target* critic at the best of M samples of pi_old,
+    best by the smaller *online* critic."""
     state = fresh_state(ARGS, OBS, ACT, jax.random.key(0))
 
     def next_q(online, target, ended=0.0):
         critics = {"critics": critics_of(*online), "critics_target": critics_of(*target)}
-        old = jax.tree.map(jnp.zeros_like, state.theta)
-        copy = jax.tree.map(jnp.copy, state)._replace(theta_old=old, step=jnp.int32(1), **critics)
+        zero = jax.tree.map(jnp.zeros_like, state.theta)
+        copy = jax.tree.map(jnp.copy, state)._replace(theta=zero, step=jnp.int32(1), **critics)
         metrics = step(copy, rows(0.3, 0.3, 0.1, 2.0, ended))[1]
         q, loss = float(metrics["q"]), float(metrics["critic_loss"])
         if not any(slope for slope, _ in target):  # the same target in every row
@@ -154,23 +157,36 @@ def test_critic_target_by_hand():
     assert next_q(flat, [(0, 7), (0, 5)], ended=1.0) == pytest.approx(0, abs=1e-5)
     obs, m = np.float32([[0.3, 0, 1]] * B), ARGS.target_samples
     k_next, _ = jax.random.split(jax.random.fold_in(KEY, 1))
-    a0 = np.asarray(draw_actions(ARGS, state.theta, obs, m, jax.random.fold_in(k_next, 0)))
+    k_sample, k_noise = jax.random.split(jax.random.fold_in(k_next, 0))
+    a0 = np.asarray(draw_actions(ARGS, state.theta_old, obs, m, k_sample))
     assert m == 4 and a0.max() - a0.min() > 0.5
     high, low = a0.max(axis=1).mean(), a0.min(axis=1).mean()
     assert next_q([(1, 0), (1, 9)], action) == pytest.approx(high, abs=1e-4)
     assert next_q([(1, 0), (-1, -9)], action) == pytest.approx(low, abs=1e-4)  # the smaller decides
-    best = best_action(ARGS, state.theta, critics_of(*action), obs, m, k_next, 0)
+    state = state._replace(critics=critics_of(*action), step=jnp.int32(60))
+    best = best_action(ARGS, state, obs, m, k_next)
     np.testing.assert_array_equal(best, a0.max(axis=1))
+    a0 = a0 + noise_std(ARGS, 60) * np.asarray(jax.random.normal(k_noise, a0.shape))
+    best = best_action(ARGS, state, obs, m, k_next, 0, True)  # as actions are taken
+    np.testing.assert_allclose(best, a0.max(axis=1), atol=1e-5)
+    assert np.max(best) > 1.05  # the noise is not clipped
+
+
+def test_noise_falls_geometrically_for_30_percent_of_the_updates():
+    std = [float(noise_std(ARGS, step)) for step in (0, 69, 138, 460)]
+    np.testing.assert_allclose(std, [0.5, 0.05**0.5, 0.1, 0.1], rtol=1e-5)
+    without = dataclasses.replace(ARGS, noise_start=0.0, noise_end=0.0)
+    assert noise_std(without, 0) == noise_std(without, 9) == noise_std(without, 460) == 0
 
 
 def test_the_policy_is_matched_to_weighted_samples_of_pi_old(monkeypatch):
-    """At the batch's states, with noise, weighted by the smaller critic; the loss is theta's."""
-    args = dataclasses.replace(ARGS, sample_noise=0.2)
-    state = fresh_state(ARGS, OBS, ACT, jax.random.key(0))
+    """At the batch's states, with noise, weighted by the smaller target critic; the loss is that of
+    theta."""
+    args, state = ARGS, fresh_state(ARGS, OBS, ACT, jax.random.key(0))
     older = fresh_state(ARGS, OBS, ACT, jax.random.key(1)).theta
     state.theta["net"][-1]["b"] += 0.5
-    # the mean of the critics rises with the action, and the smaller one falls
-    state = state._replace(theta_old=older, critics=critics_of((3, 0), (-1, -99)))
+    # the mean of the target critics rises with the action, and the smaller one falls
+    state = state._replace(theta_old=older, critics_target=critics_of((3, 0), (-1, -99)))
     obs, seen = random_rows(3)[:, :OBS], []
 
     def loss_of_theta(theta, args, obs, a0, w, key):  # the real one is tested by itself
@@ -182,7 +198,7 @@ def test_the_policy_is_matched_to_weighted_samples_of_pi_old(monkeypatch):
     states, a0, w = map(np.asarray, rest)
     k_sample, k_noise, _ = jax.random.split(KEY, 3)
     plain = np.asarray(draw_actions(ARGS, older, obs, N, k_sample))
-    noise = args.sample_noise * np.asarray(jax.random.normal(k_noise, plain.shape))
+    noise = args.noise_start * np.asarray(jax.random.normal(k_noise, plain.shape))
     np.testing.assert_array_equal(states, obs)
     np.testing.assert_allclose(a0, plain + noise, atol=2e-4)
     assert np.abs(a0).max() > 1.05  # the noise is not clipped
@@ -202,7 +218,7 @@ def test_samples_of_equal_value_are_no_divergence(monkeypatch, weighting):
     """All weights of a state are then 0 where their mean is not 1; the metrics stay finite."""
     args = dataclasses.replace(ARGS, weighting=weighting, neg_clip=0.0, sampling_steps=2)
     state = fresh_state(ARGS, OBS, ACT, jax.random.key(0))
-    state = state._replace(critics=critics_of((0, 1), (0, 1)))
+    state = state._replace(critics_target=critics_of((0, 1), (0, 1)))
     zero_loss = lambda theta, *_: 0.0 * theta["net"][0]["b"].sum()  # noqa: E731
     monkeypatch.setattr(simpo_mujoco, "matching_loss", zero_loss)
     metrics = jax.jit(lambda state: update_policy(args, state, np.zeros((8, OBS)), KEY)[1])(state)
@@ -237,8 +253,8 @@ def test_probe_best_action_of_each_observation():
     for _ in range(400):
         state, _ = step(state, rows(*draw(rng)))
     obs = np.float32([[np.sign(x), 0, 1] for x in goal])
-    best = np.asarray(best_action(ARGS, state.theta, state.critics, obs, N, KEY, 0))[:, 0]
-    samples = np.asarray(draw_actions(ARGS, state.theta, obs, N, KEY))[..., 0]
+    best = np.asarray(best_action(ARGS, state, obs, N, KEY))[:, 0]
+    samples = np.asarray(draw_actions(ARGS, state.theta_old, obs, N, KEY))[..., 0]
     assert np.abs(best - goal).mean() < 0.1
     assert np.abs(samples - goal[:, None]).mean() < 0.3
     np.testing.assert_allclose(samples.reshape(2, -1).mean(axis=1), [-0.6, 0.6], atol=0.15)

@@ -31,7 +31,7 @@ def load(folder):
     envs = simpo.make_envs(args)
     (o,), (d,) = envs.single_observation_space.shape, envs.single_action_space.shape
     state = simpo.init_state(args, o, d, jax.random.key(0))
-    unused = "theta_old", "critics_target", "theta_opt", "critics_opt", "log_lam"
+    unused = "theta", "critics_target", "theta_opt", "critics_opt", "log_lam"
     state = state._replace(**dict.fromkeys(unused))
     return args, simpo.load(folder / "checkpoint.npz", state)[0]
 
@@ -44,7 +44,7 @@ def visit(args, state, count, every=5):
         if t % every == 0:
             found.append(obs)
         key, n = jax.random.key(1), args.num_samples
-        a0 = simpo.best_action(args, state.theta, state.critics, obs, n, key, t)
+        a0 = simpo.best_action(args, state, obs, n, key, t)
         obs = envs.step(np.asarray(a0))[0]
     return np.concatenate(found)[:count]
 
@@ -53,7 +53,7 @@ def draw(args, state, obs, samples, sampler, steps, seed):
     """Sorted samples [states, samples, d] of one sampler."""
     args = dataclasses.replace(args, sampler=sampler, sampling_steps=steps)
     a0 = jax.jit(simpo.sample_actions, static_argnums=(0, 3))(
-        args, state.theta, obs, samples, jax.random.key(seed)
+        args, state.theta_old, obs, samples, jax.random.key(seed)
     )
     return np.sort(np.asarray(a0, np.float64), axis=1)
 

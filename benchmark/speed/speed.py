@@ -72,9 +72,9 @@ class Pieces:
 
     def act(self):
         """Returns once the device has the work, not the result."""
-        theta, critics, n = self.state.theta, self.state.critics, self.args.act_samples
+        n, key = self.args.act_samples, self.keys[0]
         step = self.updates
-        self.a0 = self.simpo.best_action(self.args, theta, critics, self.obs, n, self.keys[0], step)
+        self.a0 = self.simpo.best_action(self.args, self.state, self.obs, n, key, step, True)
 
     def sample(self):
         rows = self.replay.sample(self.rng, self.args.batch_size)

@@ -233,7 +233,6 @@ def weights(args, q, lam):
         return n * (jax.nn.softmax(advantage, axis=-1) - jax.nn.softmax(-advantage, axis=-1))
     power = {"linear": 1, "square": 2, "power": args.power}[args.weighting]
     y = (q - solve_nu(q, lam, power, args.neg_clip)) / lam
-    # differs from paper: eq. (11) clips the linear weight alone
     return jnp.maximum(jnp.sign(y) * jnp.abs(y) ** power, args.neg_clip)
 
 
@@ -618,6 +617,7 @@ def train(args, run_dir, envs, replay, state, keys, step, stop):
 
 
 def main():
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head ends quietly
     sys.path.append(os.getcwd())  # for --env-id module:Name-v0
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "float32")  # a GPU would keep ten bits

@@ -94,8 +94,7 @@ def test_two_programs_and_finite_metrics():
 
 
 def test_what_moves_when():
-    """The policy and lam every policy_delay updates; behind them by tau pi_old, and behind the new
-    critics the target critics."""
+    """Policy, lam and pi_old every policy_delay updates; the slow copies by tau."""
     states, metrics, _ = history(1)
     for i, (old, new) in enumerate(zip(states[:-1], states[1:], strict=True)):
         due = i % ARGS.policy_delay == 0
@@ -180,8 +179,7 @@ def test_noise_falls_geometrically_for_30_percent_of_the_updates():
 
 
 def test_the_policy_is_matched_to_weighted_samples_of_pi_old(monkeypatch):
-    """At the batch's states, with noise, weighted by the smaller target critic; the loss is that of
-    theta."""
+    """At the batch's states, noisy, weighted by the smaller target critic; the loss is theta's."""
     args, state = ARGS, fresh_state(ARGS, OBS, ACT, jax.random.key(0))
     older = fresh_state(ARGS, OBS, ACT, jax.random.key(1)).theta
     state.theta["net"][-1]["b"] += 0.5

@@ -2,7 +2,7 @@
 
     python benchmark/mujoco/early.py --out early.png
 
-docs/mujoco.md has the commands behind the rows. One seed each.
+docs/mujoco.md has the commands behind the rows and explains A to E. One seed each.
 """
 
 import csv
@@ -15,12 +15,12 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = {
-    "newest policy": "tab:gray",
-    "pi_old, M = 1": "tab:olive",
-    "pi_old, M = 4": "tab:red",
-    "pi_old, M = 4, noise 0.1, smaller critic": "tab:pink",
-    "pi_old, M = 4, noise 0.1, actions 0.2": "tab:cyan",
+VARIANTS = {  # in early.csv: label, colour
+    "newest policy": ("A newest policy", "tab:gray"),
+    "pi_old, M = 1": ("B copy every 250 updates", "tab:olive"),
+    "pi_old, M = 4": ("C best of 4 and 8", "tab:cyan"),
+    "pi_old, M = 4, noise 0.1, smaller critic": ("D less noise, smaller critic", "tab:pink"),
+    "slow copy, noise 0.5 to 0.1": ("E slow copy, falling noise (default)", "tab:red"),
 }
 
 
@@ -33,14 +33,14 @@ def main(out: Path = Path("early.png")):
     tasks = sorted({task for task, _ in curves})
     figure, axes = plt.subplots(1, len(tasks), figsize=(9, 2.8), layout="constrained")
     for axis, task in zip(axes, tasks, strict=True):
-        for variant, colour in COLOURS.items():
+        for variant, (_, colour) in VARIANTS.items():
             if (task, variant) in curves:
-                axis.plot(*zip(*curves[task, variant], strict=True), color=colour, label=variant)
+                axis.plot(*zip(*curves[task, variant], strict=True), color=colour)
         axis.set(title=task, xlabel="environment steps / 1000", xlim=0)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("return")
-    handles = [plt.Line2D([], [], color=colour) for colour in COLOURS.values()]
-    figure.legend(handles, COLOURS, loc="outside upper center", ncols=3, frameon=False)
+    handles = [plt.Line2D([], [], color=colour, label=x) for x, colour in VARIANTS.values()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(out, dpi=150)
 
 

@@ -21,6 +21,7 @@ VARIANTS = {  # in early.csv: label, colour
     "pi_old, M = 4": ("C best of 4 and 8", "tab:cyan"),
     "pi_old, M = 4, noise 0.1, smaller critic": ("D less noise, smaller critic", "tab:pink"),
     "slow copy, noise 0.5 to 0.1": ("E slow copy, falling noise (default)", "tab:red"),
+    "slow copy, noise 0.5 to 0.1, an update a step": ("E, an update a step", "tab:purple"),
 }
 
 

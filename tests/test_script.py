@@ -343,13 +343,13 @@ def test_run_folders_that_cannot_be_made(tmp_path):
 
 SCRIPTS = ["simpo_mujoco", "simpo_dmc", "simpo_bandit", "simpo_dna"]
 DEVICES = """
-import os, sys
-import jax, {name} as script
+import os, sys, jax, {name} as script
 sys.argv = ["{name}.py", "--resume", "missing", "--figure", "9"]
 try:
     script.main()
 except SystemExit as end:
-    print(end.code, jax.device_count(), os.environ.get("XLA_FLAGS"))
+    precision = jax.config.jax_default_matmul_precision
+    print(end.code, jax.device_count(), os.environ.get("XLA_FLAGS"), precision)
 """
 
 
@@ -360,7 +360,7 @@ def test_a_script_makes_a_device_of_each_core_and_importing_it_sets_nothing(tmp_
     env |= {"PYTHONPATH": str(ROOT)}
     out = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True).stdout
     cores = len(os.sched_getaffinity(0))
-    assert out == f"2 {min(cores, 8) if name == 'simpo_dna' else cores} None\n"
+    assert out == f"2 {min(cores, 8) if name == 'simpo_dna' else cores} None float32\n"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

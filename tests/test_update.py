@@ -166,7 +166,7 @@ def test_critic_target_by_hand():
     best = best_action(ARGS, state, obs, m, k_next)
     np.testing.assert_array_equal(best, a0.max(axis=1))
     a0 = a0 + noise_std(ARGS, 60) * np.asarray(jax.random.normal(k_noise, a0.shape))
-    best = best_action(ARGS, state, obs, m, k_next, 0, True)  # as actions are taken
+    best = best_action(ARGS, state, obs, m, k_next, noisy=True)  # as actions are taken
     np.testing.assert_allclose(best, a0.max(axis=1), atol=1e-5)
     assert np.max(best) > 1.05  # the noise is not clipped
 

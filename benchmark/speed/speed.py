@@ -74,7 +74,7 @@ class Pieces:
         """Returns once the device has the work, not the result."""
         n, key = self.args.act_samples, self.keys[0]
         step = self.updates
-        self.a0 = self.simpo.best_action(self.args, self.state, self.obs, n, key, step, True)
+        self.a0 = self.simpo.best_action(self.args, self.state, self.obs, n, key, step, noisy=True)
 
     def sample(self):
         rows = self.replay.sample(self.rng, self.args.batch_size)

@@ -1,11 +1,13 @@
 """run.py: what is run, what killed runs leave, and, where Ray is installed, a sweep on a cluster of
 several nodes whose workers, nodes and driver are killed."""
 
+import contextlib
 import csv
 import dataclasses
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import time
 from pathlib import Path
 
 import experiments
+import numpy as np
 import pytest
 import results
 import run as driver
@@ -371,7 +374,7 @@ def attempts(root):
 
 def await_training(root, process, known):
     """Name and pid of a run in the middle of an attempt that is not in `known`, and adds it there:
-    it has saved a checkpoint since its start, and is not near its end."""
+    it has saved a checkpoint since its start, and is not near its end. It is stopped (SIGSTOP)."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         for name, pid in sorted(attempts(root) - known):
@@ -379,12 +382,32 @@ def await_training(root, process, known):
                 continue
             log, saved = root / "logs" / f"{name}.log", root / name / "checkpoint.npz"
             began = "compiling" in log.read_text().rpartition("=== ")[2]
-            fresh = saved.exists() and saved.stat().st_mtime > log.stat().st_mtime
-            if began and fresh and results.share_done(root / name) < 0.9 and is_alive(int(pid)):
-                known.add((name, pid))
-                return name, int(pid)
+            if began and saved.exists() and saved.stat().st_mtime > log.stat().st_mtime:
+                try:
+                    os.kill(int(pid), signal.SIGSTOP)
+                except ProcessLookupError:
+                    continue
+                with np.load(saved) as arrays:
+                    if arrays["env_step"] < 7000 and is_alive(int(pid)):
+                        known.add((name, pid))
+                        return name, int(pid)
+                os.kill(int(pid), signal.SIGCONT)
         time.sleep(0.01)
     raise AssertionError(f"no run trains; driver: {process.communicate(timeout=60)}")
+
+
+def go_on(pid):
+    """Continues a stopped run once a signal waits for it: it cannot end before it is hit."""
+    deadline = time.monotonic() + 60
+    while is_alive(pid):
+        assert time.monotonic() < deadline, "no signal reached the run"
+        with contextlib.suppress(OSError):  # it is gone
+            status = Path(f"/proc/{pid}/status").read_text()
+            waiting = re.findall(r"^(?:Sig|Shd)Pnd:\s*(\w+)", status, re.MULTILINE)
+            if any(int(x, 16) & ~(1 << 18) for x in waiting):  # SIGSTOP aside
+                os.kill(pid, signal.SIGCONT)
+                return
+        time.sleep(0.01)
 
 
 def finish(process):
@@ -401,20 +424,24 @@ def test_killed_workers_nodes_and_drivers_leave_no_gap_in_the_results(env, clust
     process = start(env, root, *here)
     one, pid = await_training(root, process, known)
     os.kill(parent(pid), signal.SIGKILL)  # its Ray worker
+    go_on(pid)
 
     two, pid = await_training(root, process, known)
     raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.worker_nodes}
     cluster.remove_node(raylets[parent(parent(pid))], allow_graceful=False)
+    go_on(pid)
     cluster.add_node(num_cpus=1)
 
     three, pid = await_training(root, process, known)
     process.kill()  # the driver
     process.communicate()
+    go_on(pid)
     known |= attempts(root)  # the other run dies with it, and may still be saving
 
     process = start(env, root, *here)
     four, pid = await_training(root, process, known)
     process.send_signal(signal.SIGINT)
+    go_on(pid)
     process.communicate(timeout=300)
     assert process.returncode == 130 and not is_alive(pid)
 

@@ -366,6 +366,14 @@ def is_alive(pid):
         return False
 
 
+def is_script(pid):
+    """Whether an attempt has become its script."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1].endswith("simpo_mujoco.py")
+    except (OSError, IndexError):
+        return False
+
+
 def attempts(root):
     """{(name, pid)} of the last attempt at each run."""
     locks = sorted((root / "logs").glob("*__*.lock"))
@@ -378,7 +386,7 @@ def await_training(root, process, known):
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         for name, pid in sorted(attempts(root) - known):
-            if not pid:
+            if not (pid and is_script(int(pid))):  # its header is not in the log yet
                 continue
             log, saved = root / "logs" / f"{name}.log", root / name / "checkpoint.npz"
             began = "compiling" in log.read_text().rpartition("=== ")[2]
@@ -397,14 +405,14 @@ def await_training(root, process, known):
 
 
 def go_on(pid):
-    """Continues a stopped run once a signal waits for it: it cannot end before it is hit."""
+    """Continues a stopped run once SIGTERM waits for it: it cannot end before it is hit."""
     deadline = time.monotonic() + 60
     while is_alive(pid):
-        assert time.monotonic() < deadline, "no signal reached the run"
+        assert time.monotonic() < deadline, "no SIGTERM reached the run"
         with contextlib.suppress(OSError):  # it is gone
             status = Path(f"/proc/{pid}/status").read_text()
             waiting = re.findall(r"^(?:Sig|Shd)Pnd:\s*(\w+)", status, re.MULTILINE)
-            if any(int(x, 16) & ~(1 << 18) for x in waiting):  # SIGSTOP aside
+            if any(int(x, 16) >> signal.SIGTERM - 1 & 1 for x in waiting):
                 os.kill(pid, signal.SIGCONT)
                 return
         time.sleep(0.01)

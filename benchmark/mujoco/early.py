@@ -2,7 +2,7 @@
 
     python benchmark/mujoco/early.py --out early.png
 
-docs/mujoco.md has the commands behind the rows and explains A to E. One seed each.
+docs/mujoco.md has the commands behind the rows and explains A to F. One seed each.
 """
 
 import csv
@@ -20,8 +20,9 @@ VARIANTS = {  # in early.csv: label, colour
     "pi_old, M = 1": ("B copy every 250 updates", "tab:olive"),
     "pi_old, M = 4": ("C best of 4 and 8", "tab:cyan"),
     "pi_old, M = 4, noise 0.1, smaller critic": ("D less noise, smaller critic", "tab:pink"),
-    "slow copy, noise 0.5 to 0.1": ("E slow copy, falling noise (default)", "tab:red"),
+    "slow copy, noise 0.5 to 0.1": ("E slow copy, falling noise", "tab:brown"),
     "slow copy, noise 0.5 to 0.1, an update a step": ("E, an update a step", "tab:purple"),
+    "two critic steps, copies at 0.02": ("F two critic steps, faster copies", "tab:red"),
 }
 
 
@@ -32,7 +33,7 @@ def main(out: Path = Path("early.png")):
             point = float(row["step"]) / 1000, float(row["mean_return"])
             curves[row["task"], row["variant"]].append(point)
     tasks = sorted({task for task, _ in curves})
-    figure, axes = plt.subplots(1, len(tasks), figsize=(9, 2.8), layout="constrained")
+    figure, axes = plt.subplots(1, len(tasks), figsize=(10, 3), layout="constrained")
     for axis, task in zip(axes, tasks, strict=True):
         for variant, (_, colour) in VARIANTS.items():
             if (task, variant) in curves:

@@ -51,7 +51,7 @@ def test_scripts_accept_the_flags_of_every_run(name):
                 if run.method in "exp linear square linear_neg".split():
                     assert results.method_of(vars(args)) == run.method
         assert len({run.name for run in runs}) == len(runs)
-    count = {"table2": 6 * 4 * 5, "figure5": 4 * 3 * 5, "figure6": 6 * 3 * 5, "choices": 9}
+    count = {"table2": 6 * 4 * 5, "figure5": 4 * 3 * 5, "figure6": 6 * 3 * 5, "choices": 11}
     assert len(runs) == (count | {"table3": 3 * (13 + 1)}).get(name, 1)
 
 

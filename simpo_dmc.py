@@ -13,10 +13,10 @@ Where the paper is silent, or we depart from it (docs/mujoco.md has the numbers 
 1. The N samples come from a slow copy of the policy, pi_old, which also acts and is evaluated, by
    steps of variance beta_t: refitted to its newest self, a spread of 0.20 fell to 0.02.
 2. Noise of 0.5 that falls to 0.1 is added to them and to actions; the smaller target critic weights
-   them; the squared error is bounded. With 1: Walker2d from 418 to 607, mean of 125k to 300k steps.
+   them; the squared error is bounded. 1 and 2 took Walker2d from 418 to 607, mean of 125k to 300k.
 3. Critic targets take the best of 4 next actions, actions the best of 8, evaluations the best of N.
-4. Critics take two steps a batch, copies follow at 0.02, not 0.005: HalfCheetah at 100k steps from
-   1,681 to 3,772. All powers are clipped, in eq. (11) the linear weight alone.
+4. Critics take two steps a batch, copies follow at 0.02, not 0.005: at 100k steps HalfCheetah went
+   from 1,681 to 3,772. All powers are clipped, in eq. (11) the linear weight alone.
 5. lam takes its dual step in log space, with a floor relative to the spread of q.
 6. Appendix F.2 prints rewards that fall with speed; ours rise, as its text says.
 """

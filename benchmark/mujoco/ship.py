@@ -13,12 +13,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import imageio.v3 as imageio
 import numpy as np
 import tyro
 from PIL import Image
+from results import fail, share_done
 
-SCRIPT = Path(__file__).resolve().parents[2] / "simpo_mujoco.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def slim(run, out):
@@ -38,7 +41,7 @@ def film(run, path, begin=5, seconds=6, size=320):
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(run, Path(folder) / "run")
         flags = "--evaluate", copy, "--eval-episodes", "1", "--capture-video"
-        subprocess.run([sys.executable, SCRIPT, *flags], check=True)
+        subprocess.run([sys.executable, ROOT / "simpo_mujoco.py", *flags], check=True)
         (video,) = copy.glob("film-*.mp4")
         fps = round(imageio.immeta(video)["fps"])
         frames = imageio.imread(video)[begin * fps : (begin + seconds) * fps]
@@ -48,6 +51,8 @@ def film(run, path, begin=5, seconds=6, size=320):
 
 
 def main(run: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]):
+    if share_done(run) < 1:
+        fail(f"{run} is no complete run")
     slim(run, out)
     film(out, out / "film.webp")
     for path in sorted(out.iterdir()):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[2]
 B, N, T, E = 256, 32, 20, 5
 PROGRAMS = ("dpmd", "gempo")
 
@@ -134,11 +135,15 @@ def main(
     repeats: int = 6,
     out: Path = Path("authors.csv"),
 ):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
     import jax
     import speed
+    from results import fail
 
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))  # as our main does
+    for program in programs:
+        if program not in PROGRAMS or not (peers / program / "bin/python").exists():
+            fail(f"--peers {peers} has no {program}; see benchmark/peers/setup.sh")
     speed.SETTINGS |= {"as_dpmd": {}, "as_gempo": {"policy_delay": 1}}
     where = speed.machine({"device": f"{jax.device_count()} x cpu", "jax": jax.__version__})
     rows = [("program", "shape", "quantity", "median", "min", "max")]

@@ -98,17 +98,17 @@ class Args:
     # diffusion model
     num_samples: int = 32  # N, samples of a group
     num_groups: int = 4  # G, groups of an iteration
-    sampling_steps: int = 128  # T, of the sampler and of the likelihood
+    sampling_steps: int = 32  # T, of the sampler and of the likelihood (DRAKES 128)
     hidden_dim: int = 32  # C, channels; --pretrained has its own (DRAKES 128)
     num_layers: int = 5  # residual layers, a multiple of 5 (DRAKES 20)
     # optimisation
     pretrain_steps: int = 2400
     batch_size: int = 64  # sequences of a step of pretraining
     pretrain_lr: float = 2e-3  # Adam's rate after a tenth of the steps; falls to 0 by a cosine
-    finetune_steps: int = 40  # iterations of SiMPO; the last one is reported
+    finetune_steps: int = 200  # iterations of SiMPO; the last one is reported
     grad_steps: int = 8  # of an iteration, each on G N of the replayed sequences
     replay: int = 8  # R, iterations whose sequences are replayed
-    finetune_lr: float = 2e-3  # Adam's rate
+    finetune_lr: float = 2e-3  # Adam's rate at the first step; falls linearly to 0
 
     def __post_init__(self):
         counts = "eval_samples checkpoint_every num_groups sampling_steps hidden_dim pretrain_steps"
@@ -326,7 +326,7 @@ class TrainState(NamedTuple):
 
 def optimiser(args, phase):
     """Adam on gradients of norm 1 at most."""
-    rate = args.finetune_lr
+    rate = optax.linear_schedule(args.finetune_lr, 0.0, args.finetune_steps * args.grad_steps)
     if phase == "pretrain":
         warm_up = max(args.pretrain_steps // 10, 1)
         peak, steps = args.pretrain_lr, max(args.pretrain_steps, warm_up + 1)

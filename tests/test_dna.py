@@ -224,12 +224,13 @@ def test_the_sign_of_a_weight():
     x0 = np.repeat(rng.integers(4, size=(2, 10)), 8, axis=0)
     for w, signs in (((1, -1), (1, -1)), ((-1, 1), (-1, 1)), ((0, 0), (0, 0))):
         theta = refitted(THETA, x0, jnp.repeat(jnp.array(w, jnp.float32), 8), 10)
-        before, after = (
-            sd.log_likelihood(t, 64, x0, jax.random.key(6)).reshape(2, 8).mean(axis=1)
-            for t in (THETA, theta)
-        )
+        found = [sd.log_likelihood(t, 64, x0, jax.random.key(6)) for t in (THETA, theta)]
+        before, after = (x.reshape(2, 8).mean(axis=1) for x in found)
         np.testing.assert_array_equal(np.sign(after - before), signs)
         assert np.all(np.abs(after - before) > 1) or not any(w)
+    ends = [refitted(THETA, x0, jnp.ones(16), n, finetune_steps=1) for n in (7, 8, 9)]
+    same = [jax.tree.map(np.array_equal, x, ends[1]) for x in ends]  # the rate falls to 0
+    assert [all(jax.tree.leaves(x)) for x in same] == [False, True, True]
 
 
 def test_negative_weights_stop_at_the_floor():
@@ -239,8 +240,7 @@ def test_negative_weights_stop_at_the_floor():
     grad = jax.jit(jax.grad(sd.subs_loss))
 
     def gradient(base, w, floor):
-        rows = np.full((16, 10), base)
-        tree = grad(theta, rows, jnp.full(16, w), jax.random.key(0), floor)
+        tree = grad(theta, np.full((16, 10), base), jnp.full(16, w), jax.random.key(0), floor)
         return np.asarray(tree["head"][1]["b"])
 
     assert not gradient(0, -1.0, 0.05).any()

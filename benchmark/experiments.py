@@ -12,7 +12,6 @@ from results import fail, task_of
 
 MUJOCO, DMC, DNA = "simpo_mujoco.py", "simpo_dmc.py", "simpo_dna.py"
 FAST = dict.fromkeys((MUJOCO, DMC), "--sampler dpm2 --sampling-steps 6 --num-samples 8")
-FAST[DNA] = "--sampling-steps 32"
 
 
 class Experiment(NamedTuple):
@@ -105,7 +104,9 @@ def task_flags(experiment, task):
 def plan(args, extra=()):
     """The runs of an experiment, seed by seed; `extra` are flags for the scripts."""
     experiment, total = EXPERIMENTS[args.experiment], args.total_timesteps
-    base, extra, runs = FAST[experiment.script] * args.fast, merge(shlex.join(extra)), []
+    if args.fast and experiment.script == DNA:
+        fail("--fast is for the experiments of simpo_mujoco.py and simpo_dmc.py")
+    base, extra, runs = FAST.get(experiment.script, "") * args.fast, merge(shlex.join(extra)), []
     if total is not None:
         every = f"--eval-every {max(total // 20, 1)} --checkpoint-every {max(total // 40, 1)}"
         base += f" --total-timesteps {total} {every}"

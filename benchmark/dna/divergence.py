@@ -1,8 +1,8 @@
 """Held-out score against KL to the pretrained model, one curve a method, over the iterations.
 
-    python benchmark/dna/divergence.py runs/dna/generated__*
+    python benchmark/dna/divergence.py runs/table3/*
 
-Run folders are named {data}__{method}__{seed}, as benchmark/dna/table.sh names them. Of their
+Run folders are named {data}__{method}__{seed}, as benchmark/run.py names them. Of their
 finetune.csv it takes kl_pretrained, the bound on the KL in nats a sequence, and eval_median, the
 held-out score of the iteration's samples; the mean over seeds is drawn after a running mean over 5
 iterations. Where two methods have the same KL the one above pays less for its score.
@@ -10,14 +10,19 @@ iterations. Where two methods have the same KL the one above pays less for its s
 
 import csv
 import dataclasses
+import sys
 from pathlib import Path
 
 import matplotlib
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from paper import COLOURS, NAMES
+
+OTHERS = {"wd1": "tab:brown", "uniform": "black"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +45,21 @@ def read_curves(runs):
     return {k: np.stack([c[: min(map(len, v))] for c in v]) for k, v in curves.items()}
 
 
+def look(method):
+    """Colour of the weighting, line style and label of a method such as linear_neg1_floor."""
+    weighting, *notes = method.split("_")
+    clip = next((x.removeprefix("neg") for x in notes if x.startswith("neg")), "")
+    name = NAMES.get(weighting + "_neg" * bool(clip), weighting)
+    style = ":" if notes[-1:] in (["floor"], ["anchor"]) else "--" if clip == "0.05" else "-"
+    label = " ".join([name, *([f"-{clip}", *notes[1:]] if clip else notes)])
+    return {"color": COLOURS.get(name) or OTHERS.get(name), "ls": style, "label": label}
+
+
 def main(args):
     curves = read_curves(args.runs)
     if not curves:
         raise SystemExit("error: none of the folders has a finetune.csv")
     datasets = list(dict.fromkeys(data for data, _ in curves))
-    methods = list(dict.fromkeys(method for _, method in curves))
     fig, axes = plt.subplots(1, len(datasets), figsize=(6.5 * len(datasets), 5), squeeze=False)
     with args.csv.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -57,10 +71,7 @@ def main(args):
             mean = values.mean(axis=0).T
             if mean.shape[1] >= args.smooth:
                 mean = np.stack([np.convolve(row, window, "valid") for row in mean])
-            colour = methods.index(method)
-            axes[0, datasets.index(data)].plot(
-                *mean, color=f"C{colour % 10}", ls=("-", "--", ":")[colour // 10], label=method
-            )
+            axes[0, datasets.index(data)].plot(*mean, **look(method))
     for axis, data in zip(axes[0], datasets, strict=True):
         axis.set(title=data, xlabel="KL to the pretrained model, nats a sequence (bound)")
         axis.set_ylabel("held-out score of the samples")

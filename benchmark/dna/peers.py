@@ -1,8 +1,8 @@
-"""Peers without training for a run of simpo_dna.py, from its pretrained model: best-of-n and SMC.
+"""Peers without training for runs of simpo_dna.py, from their pretrained model: best-of-n and SMC.
 
-    python benchmark/dna/peers.py runs/NAME
+    python benchmark/dna/peers.py runs/table3/*__exp__*
 
-Reads args.json and pretrained.npz of the run folder; writes best-of-n.fasta, smc.fasta and
+Reads args.json and pretrained.npz of each run folder; writes best-of-n.fasta, smc.fasta and
 peers.csv, whose columns are those of metrics.csv; an existing peers.csv is left as it is.
 
 best-of-n draws n samples for each one it keeps, so that the oracle is called as often as in
@@ -31,7 +31,7 @@ ALPHA = 0.5  # DRAKES' temperature of SMC
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    run: tyro.conf.Positional[Path]  # run folder of simpo_dna.py
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # run folders of simpo_dna.py
 
 
 @jax.jit
@@ -99,4 +99,5 @@ def main(run):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args).run)
+    for run in tyro.cli(Args).runs:
+        main(run)

@@ -1,9 +1,9 @@
 """Joins metrics.csv and peers.csv of run folders, and prints medians over seeds and their range.
 
-    python benchmark/dna/table.py runs/dna/* --out benchmark/dna/table.csv
+    python benchmark/dna/table.py runs/table3/* --out benchmark/dna/table.csv
 
-A folder is named {data}__{method}__{seed}. Columns: data, seed, those of metrics.csv. The rows of
-pretrained, best-of-n and smc are taken once a seed.
+A folder is named {data}__{method}__{seed}, as benchmark/run.py names it. Columns: data, seed, those
+of metrics.csv. The rows of pretrained, best-of-n and smc are taken once a seed.
 """
 
 import csv

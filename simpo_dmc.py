@@ -122,7 +122,6 @@ class Args:
             (1 < self.sampling_steps <= self.diffusion_steps, "--sampling-steps must be in [2, T]"),
             (first_learning_step <= self.total_timesteps, "--total-timesteps leaves no update"),
             (self.checkpoint_every <= self.buffer_size, "--checkpoint-every exceeds --buffer-size"),
-            ("://" not in (self.run_dir or ""), "--run-dir must be a local folder"),
             (not self.track or find_spec("wandb"), "--track needs pip install wandb"),
         ):
             if not ok:

@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from common import solve_nu, update_lam
 
-warnings.filterwarnings("ignore", ".*out of date")  # the paper's tasks are v4, though v5 is newer
+warnings.filterwarnings("ignore", ".*out of date|os.fork")  # the paper's tasks are v4; a film forks
 EPISODE_LIMIT = 10_000  # steps of an evaluation episode that nothing else ends
 
 
@@ -116,7 +116,6 @@ class Args:
             (1 < self.sampling_steps <= self.diffusion_steps, "--sampling-steps must be in [2, T]"),
             (first_learning_step <= self.total_timesteps, "--total-timesteps leaves no update"),
             (self.checkpoint_every <= self.buffer_size, "--checkpoint-every exceeds --buffer-size"),
-            ("://" not in (self.run_dir or ""), "--run-dir must be a local folder"),
             (not self.track or find_spec("wandb"), "--track needs pip install wandb"),
         ):
             if not ok:
@@ -396,7 +395,8 @@ class Checked(gym.Wrapper):
         return self.obs, float(reward), bool(terminated), bool(truncated), {}
 
 
-def make_env(args, index, film):
+def make_env(args, index, film):  # camera 0 follows the robot, Gymnasium 1.4's own does not
+    film |= {"camera_id": 0} if film and "mujoco" in str(gym.registry.get(args.env_id)) else {}
     return Checked(gym.make(args.env_id, disable_env_checker=True, **film), index)
 
 

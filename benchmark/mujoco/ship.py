@@ -3,7 +3,7 @@
     python benchmark/mujoco/ship.py runs/NAME benchmark/mujoco/halfcheetah
 
 Writes args.json without the folder, versions.json, eval.csv, a checkpoint.npz that has pi_old and
-the critics alone, and film.webp: six seconds of the first evaluation episode, in real time.
+the critics alone, and film.webp: the first four seconds of an evaluation episode, in real time.
 """
 
 import json
@@ -36,15 +36,15 @@ def slim(run, out):
         np.savez_compressed(out / "checkpoint.npz", **{name: file[name] for name in kept})
 
 
-def film(run, path, begin=5, seconds=6, size=320):
-    """Evaluates a copy of `run` with a film -> some seconds of it, as animated WebP."""
+def film(run, path, seconds=4, size=320):
+    """Evaluates a copy of `run` with a film -> its first seconds, as animated WebP."""
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(run, Path(folder) / "run")
         flags = "--evaluate", copy, "--eval-episodes", "1", "--capture-video"
         subprocess.run([sys.executable, ROOT / "simpo_mujoco.py", *flags], check=True)
         (video,) = copy.glob("film-*.mp4")
         fps = round(imageio.immeta(video)["fps"])
-        frames = imageio.imread(video)[begin * fps : (begin + seconds) * fps]
+        frames = imageio.imread(video)[: seconds * fps]
     images = [Image.fromarray(x).resize((size, size), Image.Resampling.LANCZOS) for x in frames]
     options = {"save_all": True, "append_images": images[1:], "loop": 0}
     images[0].save(path, duration=1000 // fps, quality=70, method=6, **options)

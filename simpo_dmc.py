@@ -1,19 +1,19 @@
 """SiMPO on DeepMind Control: simpo_mujoco.py with the reward landscapes of figures 4 and 5.
 
-    python simpo_dmc.py --domain cheetah --task run --reward exp
+    python simpo_dmc.py --domain cheetah --task run --reward exp --reward-scale 20
     python simpo_dmc.py --resume runs/NAME       # after an interruption of any kind
     python simpo_dmc.py --evaluate runs/NAME --reward stock --capture-video
 
 Paper: arXiv 2603.10250, Algorithm 1, section 5.2, Table 4. Copy this file and common.py to use it.
 Diffusion time t counts T noise levels upwards: a_t = alpha_t a0 + sigma_t noise and
 velocity = alpha_t noise - sigma_t a0. Shapes: B states, N samples a state, o observation, d action,
-E environments, H hidden units. 1M steps make 194,000 updates after 30,000 random ones; paper: 200k.
+E environments, H hidden units. 1M steps, 30,000 of them random, make 194,000 updates; paper: 200k.
 
 Where the paper is silent, or we depart from it (docs/mujoco.md has the numbers that decided):
 1. The N samples come from a slow copy of the policy, pi_old, which also acts and is evaluated, by
-   steps of variance beta_t: refitted to its newest self, a spread of 0.20 fell to 0.02.
+   steps of variance beta_t: by the posterior's and its newest self a spread of 0.20 fell to 0.02.
 2. Noise of 0.5 that falls to 0.1 is added to them and to actions; the smaller target critic weights
-   them; the squared error is bounded. 1 and 2 took Walker2d from 418 to 607, mean of 125k to 300k.
+   them; the squared error is bounded. Slow copy and noise took Walker2d from 418 to 607 (D, E).
 3. Critic targets take the best of 4 next actions, actions the best of 8, evaluations the best of N.
 4. Critics take two steps a batch, copies follow at 0.02, not 0.005: at 100k steps HalfCheetah went
    from 1,681 to 3,772. All powers are clipped, in eq. (11) the linear weight alone.
@@ -73,7 +73,7 @@ class Args:
     target_samples: int = 4  # M: the critics' target takes the best of M next actions
     act_samples: int = 8  # the action taken is the best of so many; an evaluation's, of N
     noise_start: float = 0.5  # std of Gaussian noise on the samples weighted or acted with
-    noise_end: float = 0.1  # the same from 30 % of the updates on; geometric in between
+    noise_end: float = 0.1  # the same from 30 % of the updates on; geometric in between (or both 0)
     error_bound: float = 5.0  # on the squared error of an action dimension; ends a repulsion
     # optimisation
     policy_lr: float = 3e-4  # at the first update, then linearly to
@@ -369,6 +369,8 @@ class Checked(gym.Wrapper):
         super().__init__(env)
         obs, act, self.index, self.steps = env.observation_space, env.action_space, index, 0
         self.data = env.unwrapped.data if hasattr(env.unwrapped, "mujoco_renderer") else None
+        if self.data and env.unwrapped.model.ncam:
+            env.unwrapped.mujoco_renderer.camera_id = 0  # follows; Gymnasium 1.4's own does not
         flat = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (obs, act))
         bound = np.abs([act.low, act.high]).max(initial=0) if flat else np.inf  # dm_control's: 1e10
         if not (flat and act.dtype.kind == "f" and act.shape[0] and bound < 1e10):
@@ -478,8 +480,7 @@ class Replay:
                 np.zeros((rows, width), np.float32).tofile(path)
             self.rows = np.memmap(path, np.float32, "r+", shape=(rows, width))
         except (OSError, MemoryError) as error:
-            size = f"{rows * width * 4e-9:.2f} GB, which a complete run no longer has"
-            fail(f"no replay {path} of {size}: {error}")
+            fail(f"no replay of {rows * width * 4e-9:.2f} GB (a complete run has none): {error}")
         self.limit, self.written = args.buffer_size, written
 
     def add(self, *columns):

@@ -40,7 +40,7 @@ STYLES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 
 @dataclass(frozen=True)
 class Args:
-    runs: tyro.conf.Positional[tuple[Path, ...]]  # run folders and CSVs; others are passed over
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # run folders or CSVs; others are passed over
     y: str = "return"  # column of eval.csv, or of run folders a TensorBoard tag, as losses/q
     x: Literal["steps", "hours"] = "steps"  # hours of wall-clock, of run folders or a column
     paper: bool = False  # add the paper's values and TD3's
@@ -236,9 +236,9 @@ def draw(args, runs):
 
 
 def main(args):
-    runs = []
+    runs, parents = [], {path.parent for path in args.runs if path.is_dir()}
     for path in args.runs:
-        if path.suffix == ".csv":
+        if path.suffix == ".csv" and path.parent not in parents:  # else it repeats the folders
             runs += read_csv(args, path)
         elif path.is_dir():
             runs += read_folder(args, path)

@@ -156,7 +156,7 @@ def take_cores(count):
 def place_flags(run_dir):
     """Flags that begin a run in its folder or go on with it. What was killed before its first
     checkpoint holds nothing and is removed."""
-    if any(run_dir.glob("*.npz")):
+    if {*run_dir.glob("*.npz")} - {*run_dir.glob("*.tmp.npz")}:  # the latter it was just writing
         return ["--resume", str(run_dir)]
     if run_dir.exists():
         shutil.rmtree(run_dir)

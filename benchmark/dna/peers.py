@@ -99,5 +99,6 @@ def main(run):
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_default_matmul_precision", "float32")  # as simpo_dna.py
     for run in tyro.cli(Args).runs:
         main(run)

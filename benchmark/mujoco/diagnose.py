@@ -58,6 +58,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="run folder of simpo_mujoco.py")
+    jax.config.update("jax_default_matmul_precision", "float32")  # as in the trainer
     args, envs, state, step = load(parser.parse_args().run)
     obs, q, reward, running = play(args, envs, state)
     true, tail = np.zeros_like(q), 0.0

@@ -12,6 +12,7 @@ import paper
 import plot
 import pytest
 import report
+import results
 import tyro
 from conftest import ROOT
 from tensorboardX import SummaryWriter
@@ -48,6 +49,18 @@ def labels(folders):
 
 
 # ---- curves ------------------------------------------------------------------------------------
+
+
+def test_tables_beside_run_folders_are_passed_over(tmp_path):
+    """plot.py runs/table2/*, where run.py leaves results.csv and results.runs.csv too."""
+    root = tmp_path / "runs"
+    root.mkdir()
+    write_run(root)
+    write_run(root, seed=2)
+    results.write_results(list(root.iterdir()), root / "results.csv")
+    plot.cli([*map(str, sorted(root.iterdir())), "--out", str(tmp_path / "all")])
+    plot.cli([str(root / "results.csv"), "--out", str(tmp_path / "table")])
+    assert {x.name for x in tmp_path.glob("*.png")} == {"all.png", "table.png"}
 
 
 def test_curves_are_named_after_the_flags_in_which_runs_differ(tmp_path):

@@ -315,6 +315,7 @@ def test_what_was_killed_before_its_first_checkpoint_is_begun_anew(tmp_path):
     assert worker.place_flags(folder) == ["--run-dir", str(folder)]
     folder.mkdir()
     (folder / "args.json").write_text('{"seed": 1}')
+    (folder / "checkpoint.tmp.npz").touch()
     assert worker.place_flags(folder) == ["--run-dir", str(folder)] and not folder.exists()
     folder.mkdir()
     (folder / "checkpoint.npz").touch()

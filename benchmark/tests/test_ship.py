@@ -58,3 +58,6 @@ def test_films_of_mujoco_follow_the_robot():
     assert envs.envs[0].unwrapped.mujoco_renderer.camera_id == 0
     assert envs.envs[0].unwrapped.model.camera(0).name == "track"
     envs.close()
+    envs = simpo.make_envs(dataclasses.replace(args, env_id="InvertedPendulum-v4"), evaluation=True)
+    assert envs.envs[0].unwrapped.mujoco_renderer.camera_id == -1  # it has none of its own
+    envs.close()

@@ -424,7 +424,7 @@ class Replay:
                 np.zeros((rows, width), np.float32).tofile(path)
             self.rows = np.memmap(path, np.float32, "r+", shape=(rows, width))
         except (OSError, MemoryError) as error:
-            fail(f"no replay of {rows * width * 4e-9:.2f} GB (a complete run has none): {error}")
+            fail(f"no replay {path}, {rows * width * 4e-9:.2f} GB (none once complete): {error}")
         self.limit, self.written = args.buffer_size, written
 
     def add(self, *columns):

@@ -15,7 +15,7 @@ Where the paper is silent, or we depart from it (docs/mujoco.md has the numbers 
 2. Noise of 0.5 that falls to 0.1 is added to them and to actions; the smaller target critic weights
    them; the squared error is bounded. Slow copy and noise took Walker2d from 418 to 607 (D, E).
 3. Critic targets take the best of 4 next actions, actions the best of 8, evaluations the best of N.
-4. Critics take two steps a batch, copies follow at 0.02: HalfCheetah at 100k 3,772 after 1,681.
+4. Critics take two steps a batch, copies follow at 0.02: HalfCheetah at 100k 3,772, before 1,681.
 5. Every power is clipped, in eq. (11) the linear weight; lam's step is in log space, with a floor.
 6. Appendix F.2 prints rewards that fall with speed; ours rise, as its text says.
 """

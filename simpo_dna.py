@@ -6,7 +6,7 @@
 
 Paper: arXiv 2603.10250, section 5.3. To use it elsewhere, copy this file, common.py and dna/. The
 first command pretrains a small model on generated sequences and fine-tunes it on a motif score, in
-ten minutes on two cores; on the files of DRAKES (Wang et al. 2024a) it is the paper's experiment.
+five minutes on two cores; on the files of DRAKES (Wang et al. 2024a) it is the paper's experiment.
 Time runs from t = 0 (sequence) to t = 1 (all masked) in T steps; a base is masked by t with chance
 m_t = (1 - 1e-3) t. Legend: B sequences, G groups of N samples, L bases, C channels; x [B, L] holds
 0..3 = A C G T and 4 = mask, x0 is a sequence without masks, q the oracle's score.

@@ -55,6 +55,12 @@ def test_scripts_accept_the_flags_of_every_run(name):
     assert len(runs) == (count | {"table3": 3 * (13 + 1)}).get(name, 1)
 
 
+def test_figure5_gives_exp_a_scale_that_it_learns_with():
+    runs = {run.task: run for run in plan("figure5", "--seeds", "1", "--methods", "linear")}
+    assert flag(runs["cheetah-run-exp"], "--reward-scale") == "20"
+    assert "--reward-scale" not in runs["cheetah-run-square"].flags
+
+
 def test_figure6_takes_shares_of_log_n():
     for setting, values in ([], "1 1.5 2"), (["--fast"], "0.6 0.9 1.2"):
         runs = plan("figure6", *setting, "--tasks", "Ant-v4", "--seeds", "7")

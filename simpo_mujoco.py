@@ -68,7 +68,7 @@ class Args:
     target_samples: int = 4  # M: the critics' target takes the best of M next actions
     act_samples: int = 8  # the action taken is the best of so many; an evaluation's, of N
     noise_start: float = 0.5  # std of Gaussian noise on the samples weighted or acted with
-    noise_end: float = 0.1  # the same from 30 % of the updates on; geometric in between (or both 0)
+    noise_end: float = 0.1  # the same at the last update; geometric in between (or both 0)
     error_bound: float = 5.0  # on the squared error of an action dimension; ends a repulsion
     # optimisation
     policy_lr: float = 3e-4  # at the first update, then linearly to
@@ -273,7 +273,7 @@ def init_state(args, obs_dim, act_dim, key):
 def noise_std(args, step):
     """Std of the noise on samples of pi_old after `step` updates."""
     updates = (args.total_timesteps - args.learning_starts) / args.num_envs
-    share = jnp.minimum(step / (0.3 * updates), 1)
+    share = step / updates
     return args.noise_start ** (1 - share) * args.noise_end**share
 
 

@@ -116,6 +116,7 @@ class Args:
             (shaped or self.reward == "stock", f"--reward {self.reward} needs {[*TOP_SPEED]}"),
             (self.neg_clip <= 0, "--neg-clip must be at most 0"),
             (clipped or not self.neg_clip, f"--neg-clip is not for --weighting {self.weighting}"),
+            (max(self.gamma, self.tau) <= 1, "--gamma and --tau must be at most 1"),
             (self.num_samples > 1, "--num-samples must be at least 2, for weights to compare"),
             (0 < self.eps_kl < log_n, f"--eps-kl must be in (0, log N = {log_n:.3f})"),
             (1 < self.sampling_steps <= self.diffusion_steps, "--sampling-steps must be in [2, T]"),
@@ -280,8 +281,7 @@ def init_state(args, obs_dim, act_dim, key):
 
 def noise_std(args, step):
     """Std of the noise on samples of pi_old after `step` updates."""
-    updates = (args.total_timesteps - args.learning_starts) / args.num_envs
-    share = step / updates
+    share = step * args.num_envs / (args.total_timesteps - args.learning_starts)
     return args.noise_start ** (1 - share) * args.noise_end**share
 
 

@@ -314,8 +314,8 @@ BAD = """
     --learning-starts 0 | --batch-size 0 | --gamma -0.1 | --tau -1 | --critic-lr nan | --seed -1
     --sampling-steps 1 | --sampling-steps 21 | --sampler euler | --eval-episodes 0 | --eval-every -1
     --no-such-flag 1 | --weighting cubic | --num-samples 1.5 | --run-dir s3://bucket/run | --track
-    --seed | --learning-starts 2000000 => --total-timesteps
-    --num-envs 2000000 => --total-timesteps
+    --seed | --learning-starts 2000000 => --total-timesteps | --num-envs 2000000 => --total
+    --gamma 1.01 | --tau 2
     --diffusion-steps 5 => --sampling-steps | --checkpoint-every 2000000
     --env-id Nonsense-v0 => Nonsense | --resume missing => missing | --evaluate missing => missing
 """

@@ -29,7 +29,7 @@ CHEETAH = dict.fromkeys(CHEETAH) | {  # docs/dmc.md: critics err more than exp's
 WEIGHTINGS = {name: f"--weighting {name}" for name in PLAIN}
 NEGATIVE = {"linear_neg": "--neg-clip -0.05"}
 BOUNDS = {f"eps_kl={x}": f"--eps-kl {x}" for x in (1.0, 1.5, 2.0)}  # of N = 32
-CHOICES = """target-samples=1 act-samples=1 noise-start=0.1 noise-end=0.2 error-bound=1e9
+CHOICES = """target-samples=1 act-samples=1 noise-start=0.2 noise-end=0.1 error-bound=1e9
     policy-delay=1 critic-steps=1 tau=0.005 reward-scale=1 num-envs=1""".split()
 # one change each from Lin. Neg.
 CHOICES = NEGATIVE | {name: f"--neg-clip -0.05 --{name}" for name in CHOICES}

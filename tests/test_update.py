@@ -173,7 +173,7 @@ def test_critic_target_by_hand():
 
 def test_noise_falls_geometrically_over_the_run():
     std = [float(noise_std(ARGS, step)) for step in (0, 230, 460)]
-    np.testing.assert_allclose(std, [0.5, 0.05**0.5, 0.1], rtol=1e-5)
+    np.testing.assert_allclose(std, [0.5, 0.1**0.5, 0.2], rtol=1e-5)
     without = dataclasses.replace(ARGS, noise_start=0.0, noise_end=0.0)
     assert noise_std(without, 0) == noise_std(without, 9) == noise_std(without, 460) == 0
 

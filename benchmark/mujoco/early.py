@@ -2,7 +2,7 @@
 
     python benchmark/mujoco/early.py --out early.png
 
-docs/mujoco.md has the commands behind the rows and explains A to F. One seed each.
+docs/mujoco.md has the commands behind the rows and explains A to G. One seed each.
 """
 
 import csv
@@ -23,6 +23,8 @@ VARIANTS = {  # in early.csv: label, colour
     "slow copy, noise 0.5 to 0.1": ("E slow copy, falling noise", "tab:brown"),
     "slow copy, noise 0.5 to 0.1, an update a step": ("E, an update a step", "tab:purple"),
     "two critic steps, copies at 0.02": ("F two critic steps, faster copies", "tab:red"),
+    "noise 0.5 to 0.2 over the run": ("G noise to 0.2 over the whole run", "tab:blue"),
+    "noise 0.5 to 0.1 over the run": ("G, but to 0.1", "tab:orange"),
 }
 
 

@@ -35,7 +35,7 @@ def load(folder):
     envs = simpo.make_envs(args, evaluation=True)
     (o,), (d,) = envs.single_observation_space.shape, envs.single_action_space.shape
     state = simpo.init_state(args, o, d, jax.random.key(0))
-    state = simpo.State(None, state.theta_old, state.critics, None, None, None, None, state.step)
+    state = simpo.State(state.theta_old, state.critics, state.step)
     return args, envs, *simpo.load(folder / "checkpoint.npz", state)
 
 

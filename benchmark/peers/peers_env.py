@@ -4,7 +4,7 @@ Its id is peers_env:Recorded-v0. It is imported into the program's own Python, s
 alone, 0.29 or later. Around the task PEERS_TASK it writes to a file of its own in PEERS_DIR lines
 "time,steps,return": time.monotonic(), steps of this environment so far and, at the end of an
 episode, its undiscounted return, else nothing; one for each episode, every 0.1 s and at the end.
-Evaluations of ours, whose seeds begin at 2^31, are left out.
+The evaluation of ours, one episode whose seed is 2^31, is left out; others draw seeds above it.
 """
 
 import atexit
@@ -42,7 +42,7 @@ class Recorder(gym.Wrapper):
 
     def reset(self, **kwargs):
         self.total = 0.0
-        self.silent = self.silent or (kwargs.get("seed") or 0) >= 2**31
+        self.silent = self.silent or kwargs.get("seed") == 2**31
         return self.env.reset(**kwargs)
 
     def step(self, action):

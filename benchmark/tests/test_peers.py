@@ -1,5 +1,6 @@
 """benchmark/peers/peers.py: its clock, its reading of the recorder's files, and bad input."""
 
+import importlib
 import subprocess
 import sys
 
@@ -13,6 +14,20 @@ def test_a_program_is_charged_for_its_own_turns_alone():
     slices = np.array([[10.0, 12.0], [20.0, 25.0]])
     now = np.array([10.5, 12.0, 15.0, 21.0, 25.0])
     np.testing.assert_allclose(peers.own_seconds(slices, now), [0.5, 2.0, 2.0, 3.0, 7.0])
+
+
+def test_all_but_our_evaluation_is_recorded(tmp_path, monkeypatch):
+    """DPMD seeds its environments anywhere below 2^32."""
+    monkeypatch.setenv("PEERS_TASK", "Pendulum-v1")
+    monkeypatch.setenv("PEERS_DIR", str(tmp_path))
+    make = importlib.import_module("peers.peers_env").make
+    for seed in (1, 2**31, 2**31 + 1, 2**32 - 1):
+        env = make()
+        env.reset(seed=seed)
+        for _ in range(200):
+            env.step(env.action_space.sample())
+    _, step, total = peers.read_log(tmp_path)
+    assert step[-1] == 600 and np.isfinite(total).sum() == 3
 
 
 def test_steps_of_several_environments_add_up(tmp_path):

@@ -248,16 +248,16 @@ def weights(args, q, lam):
 
 # ---- update ------------------------------------------------------------------------------------
 class State(NamedTuple):
-    """Everything that training changes on the device."""
+    """Everything that training changes on the device. The first three play a trained policy."""
 
-    theta: dict  # policy: its "net", and "time", the embedding of t
     theta_old: dict  # pi_old of Algorithm 1, which is sampled: it follows theta slowly
     critics: list  # two networks
-    critics_target: list
-    theta_opt: optax.OptState
-    critics_opt: optax.OptState
-    log_lam: jax.Array
     step: jax.Array  # updates of the critics so far
+    theta: dict | None = None  # policy: its "net", and "time", the embedding of t
+    critics_target: list | None = None
+    theta_opt: optax.OptState | None = None
+    critics_opt: optax.OptState | None = None
+    log_lam: jax.Array | None = None
 
 
 def optimisers(args):
@@ -276,7 +276,7 @@ def init_state(args, obs_dim, act_dim, key):
     critics = [init_mlp(k, [obs_dim + act_dim, *hidden, 1]) for k in k_critics]
     copies = jax.tree.map(jnp.copy, (theta, critics))  # donated buffers must not be shared
     opts = [adam.init(x) for adam, x in zip(optimisers(args), (theta, critics), strict=True)]
-    return State(theta, copies[0], critics, copies[1], *opts, jnp.zeros(()), jnp.int32(0))
+    return State(copies[0], critics, jnp.int32(0), theta, copies[1], *opts, jnp.zeros(()))
 
 
 def noise_std(args, step):
@@ -691,7 +691,7 @@ def main():
         (o,), (d,) = envs.single_observation_space.shape, envs.single_action_space.shape
         state = init_state(args, o, d, k_init)
         if args.evaluate:  # a checkpoint may lack what only training needs
-            state = State(None, state.theta_old, state.critics, None, None, None, None, state.step)
+            state = State(state.theta_old, state.critics, state.step)
         if run_dir:
             state, step = load(run_dir / "checkpoint.npz", state)
         if not args.evaluate:

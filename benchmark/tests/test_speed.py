@@ -30,3 +30,10 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
     end = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert end.returncode == 2 and "has no simpo_mujoco.py" in end.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_the_authors_programs_is_refused(tmp_path):
+    command = [sys.executable, ROOT / "benchmark" / "speed" / "authors.py", "--peers", tmp_path]
+    end = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert end.returncode == 2 and "has no dpmd; see benchmark/peers/setup.sh" in end.stderr
+    assert not list(tmp_path.iterdir())

@@ -11,8 +11,8 @@ E environments, H hidden units. 1M steps, 30,000 of them random, make 194,000 up
 Where the paper is silent, or we depart from it (docs/mujoco.md has the numbers that decided):
 1. The N samples come from a slow copy of the policy, pi_old, which also acts and is evaluated, by
    steps of variance beta_t: by the posterior's and its newest self a spread of 0.20 fell to 0.02.
-2. Noise that falls from 0.5 to 0.2 is added to them and to actions (Walker2d at 600k: 4,797; to 0.1
-   in 30 % of the run, 806 at 525k). The smaller target critic weights; squared error is bounded.
+2. Noise that falls from 0.5 to 0.2 is added to them and to actions (Walker2d at 500k: 4,310; to 0.1
+   in 30 % of the run: 780). The smaller target critic weights; squared error is bounded.
 3. Critic targets take the best of 4 next actions, actions the best of 8, evaluations the best of N.
 4. Critics take two steps a batch, copies follow at 0.02: HalfCheetah at 100k 3,772, before 1,681.
 5. Every power is clipped, in eq. (11) the linear weight; lam's step is in log space, with a floor.
@@ -80,7 +80,7 @@ class Args:
     reward_scale: float = 0.2
     batch_size: int = 256  # B
     policy_delay: int = 2  # updates of the critics for one of the policy
-    hidden_dim: int = 256  # H, units of each of the 3 hidden layers of every network
+    hidden_dim: int = 256  # H, units of each of the 3 hidden layers of policy and critics
     # run
     total_timesteps: int = 1_000_000  # environment steps, over all environments
     learning_starts: int | None = None  # random steps first; default 30_000 or a tenth of the run

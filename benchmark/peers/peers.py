@@ -13,8 +13,9 @@ step of five environments, TD3 and SAC one for each step of a single one; all us
 
 The task itself, peers_env.py, notes steps and returns, for all alike. `return` is the mean
 undiscounted return of the last --window training episodes that ended after the random steps, each
-program's exploration included: the best of eight samples in ours, noise of 0.5, which it adapts, in
-DPMD, of 0.1 in TD3, samples of the policy in SAC. Seconds run from the start of the program.
+program's exploration included: in ours the best of eight samples with noise that falls from 0.5 to
+0.2, in DPMD noise of 0.5, which it adapts, in TD3 of 0.1, in SAC samples of the policy. Seconds run
+from the start of the program.
 Written, for --out FILE.csv:
     FILE.csv        task, method (the program), seed, step, hours, return, for plot.py
     FILE_table.csv  a row for each program, medians over seeds; _ratio is to the first program

@@ -151,10 +151,10 @@ class Args:
 
     @property
     def method(self):
-        """Name of the fine-tuned row: simpo-linear, simpo-linear(-0.2)."""
-        notes = {"": self.neg_clip, "floor ": self.neg_floor, "KL ": self.kl_weight}
-        notes = ", ".join(f"{key}{value:g}" for key, value in notes.items() if value)
-        return f"simpo-{self.weighting}" + (f"({notes})" if notes else "")
+        """Name of the fine-tuned row and its FASTA: simpo-linear, simpo-linear_neg0.2."""
+        notes = {"neg": -self.neg_clip, "floor": self.neg_floor, "kl": self.kl_weight}
+        notes = (f"_{key}{value:g}" for key, value in notes.items() if value)
+        return f"simpo-{self.weighting}" + "".join(notes)
 
 
 # ---- networks ----------------------------------------------------------------------------------
@@ -827,7 +827,7 @@ def run(args, run_dir):
     models = {meta["method"]: (theta, 0)}
     if args.finetune_steps:
         tuned = run_finetuning(args, run_dir, theta, oracles, length, k_finetune, shards)
-        name = args.method + (" again" if args.method in models else "")
+        name = args.method + ("_again" if args.method in models else "")
         models[name] = tuned, calls
         if lead:
             path = run_dir / "finetuned.npz"

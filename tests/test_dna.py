@@ -34,10 +34,10 @@ FIXTURES = ROOT / "dna" / "tests" / "fixtures"
 LENGTH = 48
 TINY = """
     --sampling-steps 8 --num-samples 8 --num-groups 4 --eps-kl 0.9 --checkpoint-every 4
-    --data tiny.csv --score-column hepg2
+    --data tiny.csv --score-column hepg2 --eval-samples 32
 """.split()
 PRETRAIN = "--hidden-dim 16 --batch-size 16 --pretrain-steps 60 --pretrain-lr 5e-3".split()
-FINETUNE = "--neg-clip -0.2 --finetune-steps 3 --grad-steps 2 --eval-samples 32".split()
+FINETUNE = "--neg-clip -0.2 --neg-floor 0.05 --finetune-steps 3 --grad-steps 2".split()
 WHOLE = [*TINY, *PRETRAIN, *FINETUNE]
 SMALL = Args(num_samples=8, eps_kl=0.9, sampling_steps=8, eval_samples=32, batch_size=16)
 
@@ -509,7 +509,7 @@ def test_a_run_writes_its_folder(outcome, root, call):
     whole = root / "whole"
     found = {path.name for path in whole.iterdir() if not path.name.startswith("events.")}
     assert found == {
-        *(f"{name}.fasta" for name in ("pretrained", "simpo-linear(-0.2)")),
+        *(f"{name}.fasta" for name in ("pretrained", "simpo-linear_neg0.2_floor0.05")),
         *(f"{x}{y}" for x in ("pretrain", "finetune") for y in (".csv", "_checkpoint.npz")),
         *("pretrained.npz", "finetuned.npz", "args.json", "versions.json", "metrics.csv"),
         "curves.png",
@@ -559,7 +559,7 @@ def test_killed_ends_bit_identical(outcome, root):
     ends = outcome(interrupted)
     assert [end[0] for end in ends] == [-9, -9, 0], ends
     assert outcome(undisturbed)[0] == 0
-    for name in ("pretrain.csv", "finetune.csv", "metrics.csv", "simpo-linear(-0.2).fasta"):
+    for name in "pretrain.csv finetune.csv metrics.csv simpo-linear_neg0.2_floor0.05.fasta".split():
         ours, theirs = ((root / x / name).read_bytes() for x in ("killed", "whole"))
         assert ours == theirs, name
     for name in ("finetuned.npz", "finetune_checkpoint.npz"):

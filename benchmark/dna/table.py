@@ -1,9 +1,11 @@
-"""Joins metrics.csv and peers.csv of run folders, and prints medians over seeds and their range.
+"""Joins metrics.csv and peers.csv of run folders, and prints their medians over seeds.
 
     python benchmark/dna/table.py runs/table3/* --out benchmark/dna/table.csv
 
 A folder is named {data}__{method}__{seed}, as benchmark/run.py names it. Columns: data, seed, those
-of metrics.csv. The rows of pretrained, best-of-n and smc are taken once a seed.
+of metrics.csv, and kl_pretrained of finetune.csv, its mean over the last 10 iterations. The rows of
+pretrained, best-of-n and smc are taken once a seed. Printed are medians, in brackets the range of
+the scores over seeds.
 """
 
 import csv
@@ -13,6 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+
+# column: heading, digits
+PRINTED = {
+    "ft": ("optimised score", 2),
+    "ft_shuffled": ("shuffled", 2),
+    "eval": ("held-out score", 2),
+    "eval_shuffled": ("shuffled", 2),
+    "kl_pretrained": ("KL", 0),
+    "log_lik": ("log-lik.", 0),
+    "corr_3mer": ("3-mers", 2),
+    "corr_motif": ("motifs", 2),
+    "gc": ("G + C", 2),
+    "unique": ("distinct", 2),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,24 +44,31 @@ def read_rows(runs):
         if path.exists():
             data, _, seed = path.parent.name.split("__")
             with path.open() as file:
-                for row in csv.DictReader(file):
-                    rows.setdefault((data, row["method"], int(seed)), row)
+                new = list(csv.DictReader(file))
+            for row in new:
+                row["kl_pretrained"] = "nan"
+            curve = path.with_name("finetune.csv")
+            if path.name == "metrics.csv" and curve.exists():  # its last row is the tuned model
+                kl = np.genfromtxt(curve, delimiter=",", names=True, ndmin=1)["kl_pretrained"]
+                new[-1]["kl_pretrained"] = f"{kl[-10:].mean():.4g}"
+            for row in new:
+                rows.setdefault((data, row["method"], int(seed)), row)
     return rows
 
 
 def table(rows):
-    """Lines of a Markdown table: for each method the median over seeds, and (min to max)."""
-    columns = [name for name in next(iter(rows.values())) if name != "method"]
-    yield "| " + " | ".join(("data", "method", "seeds", *columns)) + " |"
-    yield "|---" * (len(columns) + 3) + "|"
+    """Lines of a Markdown table: for each method medians over seeds, of scores (min to max)."""
+    headings = "data", "method", "seeds", *(heading for heading, _ in PRINTED.values())
+    yield "| " + " | ".join(headings) + " |"
+    yield "|---" * len(headings) + "|"
     for data, method in dict.fromkeys(key[:2] for key in rows):
         seeds = [row for key, row in rows.items() if key[:2] == (data, method)]
         cells = []
-        for name in columns:
+        for name, (_, digits) in PRINTED.items():
             x = np.array([float(row[name]) for row in seeds])
-            digits = 0 if name == "oracle_calls" else 1 if name == "log_lik" else 3
-            spread = f" ({x.min():.{digits}f} to {x.max():.{digits}f})" if np.ptp(x) else ""
-            cells.append(f"{np.median(x):.{digits}f}{spread}")
+            spread = f" ({x.min():.{digits}f} to {x.max():.{digits}f})"
+            shown = spread if name in ("ft", "eval") and np.ptp(x) else ""
+            cells.append(f"{np.median(x):.{digits}f}{shown}" if np.isfinite(x).all() else "-")
         yield f"| {data} | {method} | {len(seeds)} | " + " | ".join(cells) + " |"
 
 

@@ -2,10 +2,10 @@
 
     python benchmark/dna/table.py runs/table3/* --out benchmark/dna/table.csv
 
-A folder is named {data}__{method}__{seed}, as benchmark/run.py names it. Columns: data, seed, those
-of metrics.csv, and kl_pretrained of finetune.csv, its mean over the last 10 iterations. The rows of
-pretrained, best-of-n and smc are taken once a seed. Printed are medians, in brackets the range of
-the scores over seeds.
+A folder is named {data}__{method}__{seed}, as benchmark/run.py names it, and its tuned model's row
+after it. Columns: data, seed, those of metrics.csv, and kl_pretrained of finetune.csv, its mean over
+the last 10 iterations. The rows of pretrained, best-of-n and smc are taken once a seed. Printed are
+medians, in brackets the range of the scores over seeds.
 """
 
 import csv
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from divergence import look
 
 # column: heading, digits
 PRINTED = {
@@ -42,7 +43,7 @@ def read_rows(runs):
     rows = {}
     for path in (run_dir / name for run_dir in runs for name in ("metrics.csv", "peers.csv")):
         if path.exists():
-            data, _, seed = path.parent.name.split("__")
+            data, method, seed = path.parent.name.split("__")
             with path.open() as file:
                 new = list(csv.DictReader(file))
             for row in new:
@@ -50,7 +51,7 @@ def read_rows(runs):
             curve = path.with_name("finetune.csv")
             if path.name == "metrics.csv" and curve.exists():  # its last row is the tuned model
                 kl = np.genfromtxt(curve, delimiter=",", names=True, ndmin=1)["kl_pretrained"]
-                new[-1]["kl_pretrained"] = f"{kl[-10:].mean():.4g}"
+                new[-1] |= {"method": method, "kl_pretrained": f"{kl[-10:].mean():.4g}"}
             for row in new:
                 rows.setdefault((data, row["method"], int(seed)), row)
     return rows
@@ -69,7 +70,7 @@ def table(rows):
             spread = f" ({x.min():.{digits}f} to {x.max():.{digits}f})"
             shown = spread if name in ("ft", "eval") and np.ptp(x) else ""
             cells.append(f"{np.median(x):.{digits}f}{shown}" if np.isfinite(x).all() else "-")
-        yield f"| {data} | {method} | {len(seeds)} | " + " | ".join(cells) + " |"
+        yield f"| {data} | {look(method)['label']} | {len(seeds)} | " + " | ".join(cells) + " |"
 
 
 def main(args):

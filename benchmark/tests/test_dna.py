@@ -42,7 +42,9 @@ def test_peers_table_and_divergence_of_a_run(env, tmp_path):
     assert "| tiny | best-of-n | 1 |" in table
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     methods = [(x["data"], x["seed"], x["method"]) for x in rows]
-    assert methods == [("tiny", "1", x) for x in [*row, *peers]]  # each once
+    expected = "pretrained", "exp", "best-of-n", "smc", "linear_neg0.05"  # the first once
+    assert methods == [("tiny", "1", x) for x in expected]
+    assert all((float(x["kl_pretrained"]) >= 0) == (x["method"] in expected[1::3]) for x in rows)
     python("benchmark/dna/divergence.py", first, second, "--out", "d.png", "--csv", "d.csv")
     rows = list(csv.DictReader((tmp_path / "d.csv").open()))
     assert [x["method"] for x in rows] == ["exp"] * 6 + ["linear_neg0.05"] * 6

@@ -5,7 +5,8 @@
 Run folders are named {data}__{method}__{seed}, as benchmark/run.py names them. Of their
 finetune.csv it takes kl_pretrained, the bound on the KL in nats a sequence, and eval_median, the
 held-out score of the iteration's samples; the mean over seeds is drawn after a running mean over 5
-iterations. Where two methods have the same KL the one above pays less for its score.
+iterations, with a dot at the last. Where two methods have the same KL the one above pays less for
+its score.
 """
 
 import csv
@@ -71,11 +72,14 @@ def main(args):
             mean = values.mean(axis=0).T
             if mean.shape[1] >= args.smooth:
                 mean = np.stack([np.convolve(row, window, "valid") for row in mean])
-            axes[0, datasets.index(data)].plot(*mean, **look(method))
+            axis = axes[0, datasets.index(data)]
+            axis.plot(*mean, marker="o", markevery=[-1], ms=4, **look(method))
     for axis, data in zip(axes[0], datasets, strict=True):
         axis.set(title=data, xlabel="KL to the pretrained model, nats a sequence (bound)")
         axis.set_ylabel("held-out score of the samples")
-        axis.legend(fontsize=8)
+        axis.set_xscale("log")
+        axis.set_xlim(left=1)
+        axis.legend(fontsize=8, loc="upper left")
     fig.savefig(args.out, dpi=80, bbox_inches="tight")
 
 

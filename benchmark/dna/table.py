@@ -3,9 +3,9 @@
     python benchmark/dna/table.py runs/table3/* --out benchmark/dna/table.csv
 
 A folder is named {data}__{method}__{seed}, as benchmark/run.py names it, and its tuned model's row
-after it. Columns: data, seed, those of metrics.csv, and kl_pretrained of finetune.csv, its mean over
-the last 10 iterations. The rows of pretrained, best-of-n and smc are taken once a seed. Printed are
-medians, in brackets the range of the scores over seeds.
+after it. Columns: data, seed, those of metrics.csv, and kl_pretrained of finetune.csv, its mean
+over the last 10 iterations. The rows of pretrained, best-of-n and smc are taken once a seed.
+Printed are medians, in brackets the range of the scores over seeds.
 """
 
 import csv

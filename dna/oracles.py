@@ -82,10 +82,12 @@ def site_log_odds(motifs, x, shares):
 def motif_features(motifs, x):
     """Occupancy log(1 + CONCENTRATION mean_sites p(site | motif) / p(site)) by each factor: [B, F].
 
-    p(site) has the shares of the bases in that sequence. The mean is then 1 for letters drawn at
-    random, whatever their shares, so that composition alone earns nothing.
+    p(site) is the larger of two: with the shares of the bases in that sequence, so that the mean is
+    at most 1 for letters drawn at random, whatever their shares, and with uniform shares, so that a
+    site is worth no more where its bases are made rare.
     """
-    log_odds = site_log_odds(motifs, x, own_shares(x))
+    own, uniform = own_shares(x), jnp.full((x.shape[0], 4), 0.25)
+    log_odds = jnp.minimum(site_log_odds(motifs, x, own), site_log_odds(motifs, x, uniform))
     num_sites = 2.0 * jnp.maximum(x.shape[1] - motifs["width"] + 1, 1)
     mean = jax.nn.logsumexp(log_odds, axis=(1, 2)) - jnp.log(num_sites)[None]
     return jax.nn.softplus(mean + jnp.log(CONCENTRATION))

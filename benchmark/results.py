@@ -8,13 +8,14 @@ step, attempts, seconds, device, jax, commit, flags; what only run.py knows is e
 it did not start). A folder {task}__{method}__{seed} says what it holds; of any other, args.json.
 """
 
-import argparse
 import csv
 import io
 import json
 import os
 import sys
 from pathlib import Path
+
+import tyro
 
 HEAD = "task", "method", "seed"
 TABLES = "eval.csv", "metrics.csv"  # of simpo_mujoco.py and simpo_dmc.py, of simpo_dna.py
@@ -113,8 +114,7 @@ def join(folders):
         if (name := identify(folder)) is None:
             continue
         if owner.setdefault(tuple(name), folder) != folder:
-            rule = "rename one {task}__{method}__{seed}"
-            fail(f"{folder} and {owner[tuple(name)]} both hold {' '.join(name)}: {rule}")
+            fail(f"{folder} and {owner[tuple(name)]} both hold {' '.join(name)}: rename one")
         head, table = dict(zip(HEAD, name, strict=True)), read_rows(folder)
         runs.append(head | run_row(folder, table))
         rows += [head | {"row" if k in HEAD else k: x for k, x in row.items()} for row in table]
@@ -135,16 +135,12 @@ def write_results(folders, out):
         write_atomically(path, text.getvalue())
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--out", required=True, type=Path, help="the CSV to write")
-    args = parser.parse_args()
-    if not any(identify(folder) for folder in args.runs):
+def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path):
+    if not any(identify(folder) for folder in runs):
         fail("no run folder among these")
-    write_results(args.runs, args.out)
-    print(f"wrote {args.out} and {args.out.with_suffix('.runs.csv')}")
+    write_results(runs, out)
+    print(f"wrote {out} and {out.with_suffix('.runs.csv')}")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -46,13 +46,12 @@ def read_rows(runs):
             data, method, seed = path.parent.name.split("__")
             with path.open() as file:
                 new = list(csv.DictReader(file))
-            for row in new:
-                row["kl_pretrained"] = "nan"
             curve = path.with_name("finetune.csv")
             if path.name == "metrics.csv" and curve.exists():  # its last row is the tuned model
                 kl = np.genfromtxt(curve, delimiter=",", names=True, ndmin=1)["kl_pretrained"]
                 new[-1] |= {"method": method, "kl_pretrained": f"{kl[-10:].mean():.4g}"}
             for row in new:
+                row.setdefault("kl_pretrained", "nan")
                 rows.setdefault((data, row["method"], int(seed)), row)
     return rows
 

@@ -81,9 +81,10 @@ def main(args):
         )
         return 2
     with args.out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("data", "seed", *next(iter(rows.values()))))
-        writer.writerows((data, seed, *row.values()) for (data, _, seed), row in rows.items())
+        columns = "data", "seed", *next(iter(rows.values()))
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"data": k[0], "seed": k[2], **row} for k, row in rows.items())
     print("\n".join(table(rows)))
     return 0
 

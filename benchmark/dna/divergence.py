@@ -34,12 +34,24 @@ class Args:
     smooth: int = 5  # iterations
 
 
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def split_name(run):
+    """data, method and seed of a run folder's name."""
+    if len(parts := run.name.split("__")) != 3 or not parts[2].isdigit():
+        fail(f"{run} is not named DATA__METHOD__SEED, as benchmark/run.py names its runs")
+    return parts[0], parts[1], int(parts[2])
+
+
 def read_curves(runs):
     """{(data, method): [seeds, iterations, 2]} of KL and score, cut to the shortest run."""
     curves = {}
     for run in runs:
         if (run / "finetune.csv").exists():
-            data, method, _ = run.name.split("__")
+            data, method, _ = split_name(run)
             table = np.genfromtxt(run / "finetune.csv", delimiter=",", names=True, ndmin=1)
             columns = np.stack([table["kl_pretrained"], table["eval_median"]], axis=1)
             curves.setdefault((data, method), []).append(columns)
@@ -59,7 +71,7 @@ def look(method):
 def main(args):
     curves = read_curves(args.runs)
     if not curves:
-        raise SystemExit("error: none of the folders has a finetune.csv")
+        fail("none of the folders has a finetune.csv")
     datasets = list(dict.fromkeys(data for data, _ in curves))
     fig, axes = plt.subplots(1, len(datasets), figsize=(6.5 * len(datasets), 5), squeeze=False)
     with args.csv.open("w", newline="") as file:

@@ -10,12 +10,11 @@ Printed are medians, in brackets the range of the scores over seeds.
 
 import csv
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
 import tyro
-from divergence import look
+from divergence import fail, look, split_name
 
 # column: heading, digits
 PRINTED = {
@@ -43,7 +42,7 @@ def read_rows(runs):
     rows = {}
     for path in (run_dir / name for run_dir in runs for name in ("metrics.csv", "peers.csv")):
         if path.exists():
-            data, method, seed = path.parent.name.split("__")
+            data, method, seed = split_name(path.parent)
             with path.open() as file:
                 new = list(csv.DictReader(file))
             curve = path.with_name("finetune.csv")
@@ -52,7 +51,7 @@ def read_rows(runs):
                 new[-1] |= {"method": method, "kl_pretrained": f"{kl[-10:].mean():.4g}"}
             for row in new:
                 row.setdefault("kl_pretrained", "nan")
-                rows.setdefault((data, row["method"], int(seed)), row)
+                rows.setdefault((data, row["method"], seed), row)
     return rows
 
 
@@ -75,19 +74,14 @@ def table(rows):
 def main(args):
     rows = read_rows(args.runs)
     if not rows:
-        print(
-            "error: none of the folders has a metrics.csv, which a complete run has",
-            file=sys.stderr,
-        )
-        return 2
+        fail("none of the folders has a metrics.csv, which a complete run has")
     with args.out.open("w", newline="") as file:
         columns = "data", "seed", *next(iter(rows.values()))
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({"data": k[0], "seed": k[2], **row} for k, row in rows.items())
     print("\n".join(table(rows)))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args)))
+    main(tyro.cli(Args))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from conftest import ROOT
 
 TINY = """
@@ -49,6 +50,17 @@ def test_peers_table_and_divergence_of_a_run(env, tmp_path):
     rows = list(csv.DictReader((tmp_path / "d.csv").open()))
     assert [x["method"] for x in rows] == ["exp"] * 6 + ["linear_neg0.05"] * 6
     assert (tmp_path / "d.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("script", ["table.py", "divergence.py"])
+def test_folders_that_do_not_fit_are_one_line(script, env, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for word in "none of the folders", "DATA__METHOD__SEED":
+        command = [sys.executable, ROOT / "benchmark/dna" / script, "mine"]
+        run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert run.returncode == 2 and word in run.stderr and run.stderr.count("\n") == 1
+        for name in "metrics.csv", "finetune.csv":
+            (tmp_path / "mine" / name).write_text("method\npretrained\n")
 
 
 def test_methods_look_as_in_the_other_figures(monkeypatch):

@@ -49,8 +49,10 @@ class Stub:
 
 def read_checkpoint(path):
     """The tree that torch.save wrote; UsageError for anything but a file by torch.save."""
-    import torch
-
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise UsageError("needs pip install -r dna/requirements.txt") from None
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with (

@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from paper import COLOURS, NAMES
+from results import fail
 
 OTHERS = {"wd1": "tab:brown", "uniform": "black"}
 
@@ -32,11 +33,6 @@ class Args:
     out: Path = Path("benchmark/dna/divergence.png")
     csv: Path = Path("benchmark/dna/divergence.csv")
     smooth: int = 5  # iterations
-
-
-def fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def split_name(run):

@@ -24,6 +24,7 @@ from matplotlib.textpath import TextPath
 from matplotlib.transforms import Affine2D
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmark.results import fail
 from dna.data import BASES, REWARD, read_data, site_shares
 from dna.oracles import is_hit, load_motifs
 
@@ -66,6 +67,8 @@ def found_shares(motifs, hit, f, x):
 
 
 def main(args):
+    if not (args.run / "metrics.csv").exists():
+        fail(f"{args.run} has no metrics.csv, which a complete run of simpo_dna.py has")
     with (args.run / "metrics.csv").open() as file:
         names = [row["method"] for row in csv.DictReader(file)]
     rows = [

@@ -23,6 +23,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import simpo_dna as sd
+from benchmark.results import fail
 from dna.data import write_fasta
 from dna.oracles import load_oracle
 
@@ -74,6 +75,8 @@ def best_of_n(args, theta, r, calls, length, key, split):
 def main(run):
     if (run / "peers.csv").exists():
         return print(f"{run}/peers.csv is complete")
+    if not (run / "pretrained.npz").exists():
+        fail(f"{run} has no pretrained.npz, which a run of simpo_dna.py has")
     args = sd.Args(**json.loads((run / "args.json").read_text()))
     whole, split = shards = sd.make_shards(args)
     data = sd.load_data(args)

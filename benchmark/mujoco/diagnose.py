@@ -30,7 +30,10 @@ FIFTHS = 5
 
 def load(folder):
     """-> args with ten environments, which are made too, and the State of a run."""
-    args = simpo.Args(**json.loads((folder / "args.json").read_text()))
+    try:
+        args = simpo.Args(**json.loads((folder / "args.json").read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        simpo.fail(f"{folder} is no run folder: {error}")
     args = dataclasses.replace(args, eval_episodes=10)
     envs = simpo.make_envs(args, evaluation=True)
     (o,), (d,) = envs.single_observation_space.shape, envs.single_action_space.shape

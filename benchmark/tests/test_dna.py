@@ -52,10 +52,18 @@ def test_peers_table_and_divergence_of_a_run(env, tmp_path):
     assert (tmp_path / "d.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("script", ["table.py", "divergence.py"])
-def test_folders_that_do_not_fit_are_one_line(script, env, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "mentions"),
+    [
+        ("table.py", ("none of the folders", "DATA__METHOD__SEED")),
+        ("divergence.py", ("none of the folders", "DATA__METHOD__SEED")),
+        ("peers.py", ["has no pretrained.npz"]),
+        ("motifs.py", ["has no metrics.csv"]),
+    ],
+)
+def test_folders_that_do_not_fit_are_one_line(script, mentions, env, tmp_path):
     (tmp_path / "mine").mkdir()
-    for word in "none of the folders", "DATA__METHOD__SEED":
+    for word in mentions:
         command = [sys.executable, ROOT / "benchmark/dna" / script, "mine"]
         run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert run.returncode == 2 and word in run.stderr and run.stderr.count("\n") == 1

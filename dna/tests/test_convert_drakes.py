@@ -8,6 +8,7 @@ make_fixtures.py made the checkpoints from the original classes.
 import collections
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -125,3 +126,9 @@ def test_other_files_are_refused(tmp_path):
     refused(tmp_path / "y.ckpt")
     refused(FIXTURES / "oracle.npz")
     refused(tmp_path / "absent.ckpt")
+
+
+def test_without_torch_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UsageError, match=r"pip install -r dna/requirements\.txt"):
+        convert_drakes.convert(FIXTURES / "finetuned.ckpt")

@@ -38,3 +38,9 @@ def test_critics_are_held_against_each_other_and_the_truth(env, tmp_path, sign):
     assert list(values) == ["spread", "q_std", "disagreement", "agreement"]
     assert 0 < values["spread"] < 1 and values["q_std"] > 0 and values["agreement"] == sign
     assert (values["disagreement"] > 0) == (sign == -1)
+
+
+def test_a_folder_without_a_run_is_one_line(env, tmp_path):
+    command = [sys.executable, ROOT / "benchmark" / "mujoco" / "diagnose.py", tmp_path]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 2 and "is no run folder" in run.stderr and run.stderr.count("\n") == 1

@@ -1,6 +1,7 @@
-"""README's table has what benchmark/mujoco/table2.csv says, from complete runs alone."""
+"""README's table and Status say what table2.csv does, from complete runs alone."""
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,3 +26,12 @@ def test_our_row_is_the_last_evaluation_of_each_run(method):
         returns = [float(x["return"]) for x in rows if x["task"] == f"{task}-v4"]
         assert len(returns) == (20 if cell else 0), task
         assert not cell or int(cell) == round(np.mean(returns)), task
+
+
+def test_status_says_what_the_table_says():
+    text = (ROOT / "README.md").read_text().split("**Status.**")[1].split("DNA's table")[0]
+    _, linear_neg, linear = re.split(r"with Lin\. Neg\.|with Linear", " ".join(text.split()))
+    for name, said in (("ours, Lin. Neg.", linear_neg), ("ours, Linear", linear)):
+        found = re.findall(rf"({'|'.join(TASKS)})\b[^(;]*? at ([\d,]+)", said)
+        table = {task: cell for task, cell in zip(TASKS, cells(name), strict=True) if cell}
+        assert {task: number.rstrip(",").replace(",", "") for task, number in found} == table

@@ -69,6 +69,14 @@ class Args:
     act_samples: int = 8  # the action taken is the best of so many; an evaluation's, of N
     noise_start: float = 0.5  # std of Gaussian noise on the samples weighted or acted with
     noise_end: float = 0.2  # the same at the last update; geometric in between (or both 0)
+    target_action: Literal["best", "mean"] = "best"  # study: of the M next actions
+    taken_action: Literal["best", "mean"] = "best"  # study: of act_samples; noise comes after a mean
+    clip_noisy: bool = False  # study: samples with noise are clipped to [-1, 1]
+    critic_norm: bool = False  # study: LayerNorm without parameters before each Mish of the critics
+    updates_per_step: int = 1  # study: of each vector step
+    shared_samples: bool = False  # study: pi_old's samples at next_obs serve target and refit
+    bf16_sampler: bool = False  # study: hidden products of the sampler in bfloat16
+    stop_at: int = 0  # study: end here, with the schedules of total_timesteps
     error_bound: float = 5.0  # on the squared error of an action dimension; ends a repulsion
     # optimisation
     policy_lr: float = 3e-4  # at the first update, then linearly to
@@ -102,7 +110,7 @@ class Args:
         if self.learning_starts is None:
             object.__setattr__(self, "learning_starts", min(30_000, -(-self.total_timesteps // 10)))
         for name, x in vars(self).items():
-            least = 1 if type(x) is int and name != "seed" else 0
+            least = 1 if type(x) is int and name not in ("seed", "stop_at") else 0
             if type(x) in (int, float) and name != "neg_clip" and not x >= least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {x}")
         first_learning_step = self.learning_starts + self.num_envs
@@ -141,17 +149,23 @@ def init_mlp(key, sizes):
 
 def mlp(layers, x):
     for layer in layers[:-1]:
-        x = mish(x @ layer["w"] + layer["b"])
+        w = layer["w"]  # float32, or the bfloat16 of --bf16-sampler
+        x = mish(jnp.matmul(x.astype(w.dtype), w, preferred_element_type=jnp.float32) + layer["b"])
     return x @ layers[-1]["w"] + layers[-1]["b"]
 
 
-def q_values(critics, obs, act):
+def q_values(critics, obs, act, normed=False):
     """Both critics: obs [B, o], act [B, N, d] -> [2, B, N]."""
 
     def q_value(net):
         w_obs, w_act = jnp.split(net[0]["w"], [obs.shape[-1]])  # obs @ w_obs: once, not N times
         obs_part = (obs @ w_obs + net[0]["b"])[:, None]  # [B, 1, H]
-        return mlp(net[1:], mish(obs_part + act @ w_act))[..., 0]
+        if not normed:
+            return mlp(net[1:], mish(obs_part + act @ w_act))[..., 0]
+        x = mish(jax.nn.standardize(obs_part + act @ w_act, epsilon=1e-5))
+        for layer in net[1:-1]:
+            x = mish(jax.nn.standardize(x @ layer["w"] + layer["b"], epsilon=1e-5))
+        return (x @ net[-1]["w"] + net[-1]["b"])[..., 0]
 
     return jnp.stack([q_value(net) for net in critics])
 
@@ -205,6 +219,10 @@ def sampler_steps(sampler, num_levels, num_visited):
 
 def sample_actions(args, theta, obs, num_samples, key):
     """Samples of the policy: obs [B, o] -> a0 [B, N, d] in [-1, 1]."""
+    if args.bf16_sampler:
+        first, *hidden, last = theta["net"]
+        hidden = [layer | {"w": layer["w"].astype(jnp.bfloat16)} for layer in hidden]
+        theta = theta | {"net": [first, *hidden, last]}
     velocity = policy_velocity(theta, obs, args.diffusion_steps)
     shape = len(obs), num_samples, theta["net"][-1]["b"].shape[0]
     k_start, k_steps = jax.random.split(key)
@@ -255,6 +273,7 @@ class State(NamedTuple):
 def optimisers(args):
     """Adam for the policy, its rate annealed over the run (Table 4), and for the critics."""
     updates = (args.total_timesteps - args.learning_starts) // args.num_envs
+    updates *= args.updates_per_step
     steps = max(math.ceil(updates / args.policy_delay) - 1, 1)  # from the first rate to the last
     policy_lr = optax.linear_schedule(args.policy_lr, args.policy_lr_end, steps)
     return optax.adam(policy_lr), optax.adam(args.critic_lr)
@@ -273,19 +292,40 @@ def init_state(args, obs_dim, act_dim, key):
 
 def noise_std(args, step):
     """Std of the noise on samples of pi_old after `step` updates."""
-    share = step * args.num_envs / (args.total_timesteps - args.learning_starts)
+    share = step * args.num_envs / args.updates_per_step / (args.total_timesteps - args.learning_starts)
     return args.noise_start ** (1 - share) * args.noise_end**share
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 6))
-def best_action(args, state, obs, num_samples, key, step=0, noisy=False):
-    """The best of some samples of pi_old by the smaller critic: obs [B, o] -> [B, d]."""
+# lam for which KL(softmax(q / lam) || uniform) of n standardised normal q is 43 % of log n
+STANDARD_LAM = {4: 0.696, 8: 0.564}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 6, 7))
+def best_action(args, state, obs, num_samples, key, step=0, noisy=False, choice="best"):
+    """An action from some samples of pi_old: obs [B, o] -> [B, d]. best: by the smaller critic;
+    mean: under the weights of eq. (9); standardised: the same of q standardised per state."""
     k_sample, k_noise = jax.random.split(jax.random.fold_in(key, step))
     a0 = sample_actions(args, state.theta_old, obs, num_samples, k_sample)
-    if noisy:
-        a0 += noise_std(args, state.step) * jax.random.normal(k_noise, a0.shape)
-    best = jnp.argmax(q_values(state.critics, obs, a0).min(axis=0), axis=-1)
-    return jnp.take_along_axis(a0, best[:, None, None], axis=1)[:, 0]
+    std = noise_std(args, state.step)
+    if noisy and choice == "best":
+        a0 += std * jax.random.normal(k_noise, a0.shape)
+        if args.clip_noisy:
+            a0 = jnp.clip(a0, -1, 1)
+    return choose(args, state, obs, a0, choice, std if noisy else 0.0, k_noise)
+
+
+def choose(args, state, obs, a0, choice, std=0.0, key=None):
+    q = q_values(state.critics, obs, a0, args.critic_norm).min(axis=0)
+    if choice == "best":
+        best = jnp.argmax(q, axis=-1)
+        return jnp.take_along_axis(a0, best[:, None, None], axis=1)[:, 0]
+    lam = jnp.exp(state.log_lam)
+    if choice == "standardised":
+        q, lam = jax.nn.standardize(q, axis=-1, epsilon=1e-12), STANDARD_LAM[q.shape[-1]]
+    action = jnp.mean(weights(args, q, lam)[..., None] * a0, axis=1)
+    if key is not None:
+        action += std * jax.random.normal(key, action.shape)
+    return jnp.clip(action, -1, 1)
 
 
 def matching_loss(theta, args, obs, a0, w, key):
@@ -300,13 +340,16 @@ def matching_loss(theta, args, obs, a0, w, key):
     return jnp.mean(w * jnp.sum(jnp.minimum(error, args.error_bound), axis=-1))
 
 
-def update_policy(args, state, obs, key):
+def update_policy(args, state, obs, key, a0=None):
     """Samples of pi_old, their weights, lam by its dual, and matching -> state, metrics."""
     k_sample, k_noise, k_loss = jax.random.split(key, 3)
-    a0 = sample_actions(args, state.theta_old, obs, args.num_samples, k_sample)
+    if a0 is None:
+        a0 = sample_actions(args, state.theta_old, obs, args.num_samples, k_sample)
     spread = a0.std(axis=1).mean()
     a0 += noise_std(args, state.step) * jax.random.normal(k_noise, a0.shape)
-    q = q_values(state.critics_target, obs, a0).min(axis=0)  # [B, N]
+    if args.clip_noisy:
+        a0 = jnp.clip(a0, -1, 1)
+    q = q_values(state.critics_target, obs, a0, args.critic_norm).min(axis=0)  # [B, N]
     w = weights(args, q, jnp.exp(state.log_lam))
     log_lam, kl = update_lam(state.log_lam, q, args.eps_kl)
     loss, grads = jax.value_and_grad(matching_loss)(state.theta, args, obs, a0, w, k_loss)
@@ -329,12 +372,21 @@ def update(args, with_policy, state, batch, key):
     obs, next_obs, act, reward, terminated = jnp.split(batch, np.cumsum([o, o, d, 1]), axis=-1)
     k_next, k_policy = jax.random.split(jax.random.fold_in(key, state.step))
 
-    next_act = best_action(args, state, next_obs, args.target_samples, k_next)
-    next_q = q_values(state.critics_target, next_obs, next_act[:, None]).min(axis=0)
+    shared = None
+    if args.shared_samples:
+        count = args.num_samples if with_policy else args.target_samples
+        shared = sample_actions(args, state.theta_old, next_obs, count, k_next)
+        few = shared[:, : args.target_samples]
+        next_act = choose(args, state, next_obs, few, args.target_action)
+    else:
+        next_act = best_action(
+            args, state, next_obs, args.target_samples, k_next, choice=args.target_action
+        )
+    next_q = q_values(state.critics_target, next_obs, next_act[:, None], args.critic_norm).min(axis=0)
     target = args.reward_scale * reward + args.gamma * (1 - terminated) * next_q  # [B, 1]
 
     def critic_loss(critics):
-        q = q_values(critics, obs, act[:, None])  # [2, B, 1]
+        q = q_values(critics, obs, act[:, None], args.critic_norm)  # [2, B, 1]
         return jnp.mean((q - target) ** 2, axis=(1, 2)).sum()
 
     critics, critics_opt = state.critics, state.critics_opt
@@ -346,7 +398,9 @@ def update(args, with_policy, state, batch, key):
     metrics = {"q": target.mean(), "critic_loss": loss, "critic_grad_norm": optax.tree.norm(grads)}
     state = state._replace(critics=critics, critics_target=critics_target, critics_opt=critics_opt)
     if with_policy:  # every policy_delay updates
-        state, policy_metrics = update_policy(args, state, obs, k_policy)
+        state, policy_metrics = update_policy(
+            args, state, next_obs if args.shared_samples else obs, k_policy, shared
+        )
         metrics |= policy_metrics
     return state._replace(step=state.step + 1), metrics
 
@@ -438,7 +492,7 @@ class Replay:
 
 
 # ---- evaluation and checkpoints ----------------------------------------------------------------
-def evaluate(args, envs, state, key, step, run_dir, stop):
+def evaluate(args, envs, state, key, step, run_dir, stop, choice="best"):
     """An episode of each environment, best of N, the same starts every time, the first one filmed.
     -> rows [E, 4] of eval.csv: step, episode, return, length. Exits once `stop` is not empty."""
     (obs, _), count, film = envs.reset(seed=2**31), envs.num_envs, None  # training: below 2**30
@@ -455,7 +509,7 @@ def evaluate(args, envs, state, key, step, run_dir, stop):
                 fail(f"--capture-video: {type(error).__name__}: {error}")
             print(f"warning: no film: {error}", file=sys.stderr)
             film = None
-        a0 = best_action(args, state, obs, args.num_samples, key, t)
+        a0 = best_action(args, state, obs, args.num_samples, key, t, False, choice)
         obs, reward, terminated, truncated, _ = envs.step(np.asarray(a0))
         returns, lengths = returns + reward * running, lengths + running
         running &= ~(terminated | truncated)
@@ -557,9 +611,10 @@ def train(args, run_dir, envs, replay, state, keys, step, stop):
     log = SummaryWriter(str(run_dir), purge_step=step + 1)
     log.add_text("args", "\n".join(f"    {name}: {x}" for name, x in vars(args).items()))
     bar, clock, speed, first = tqdm(disable=True), None, "", True
+    logged, latest = 0, {}
     start = updates = int(state.step)
     while True:
-        done = step >= args.total_timesteps
+        done = step >= (args.stop_at or args.total_timesteps)
         evaluation_due = done or step % args.eval_every < args.num_envs
         if first or stop or evaluation_due or step % args.checkpoint_every < args.num_envs:
             replay.rows.flush()
@@ -571,6 +626,10 @@ def train(args, run_dir, envs, replay, state, keys, step, stop):
                     rows = evaluate(args, others, state, k_eval, step, run_dir, stop)
                 bar.write(write_rows(run_dir / "eval.csv", rows) + speed)
                 log.add_scalar("charts/eval_return", rows[:, 2].mean(), step)
+                for choice in ("mean", "standardised"):
+                    with contextlib.closing(make_envs(args, evaluation=True)) as others:
+                        rows = evaluate(args, others, state, k_eval, step, run_dir, stop, choice)
+                    bar.write(f"{choice}: " + write_rows(run_dir / f"eval_{choice}.csv", rows))
             if done:
                 break
             rng = np.random.default_rng([args.seed, step])
@@ -581,11 +640,16 @@ def train(args, run_dir, envs, replay, state, keys, step, stop):
         if learning:
             if updates == start:
                 bar.write("compiling, which takes a minute; Ctrl-C is answered after it")
-            a0 = best_action(args, state, obs, args.act_samples, k_act, step, noisy=True)
-            batch = jax.device_put(replay.sample(rng, args.batch_size), split)
-            with_policy = updates % args.policy_delay == 0
-            state, metrics = update(args, with_policy, state, batch, k_update)
-            updates, a0 = updates + 1, np.asarray(a0)
+            a0 = best_action(
+                args, state, obs, args.act_samples, k_act, step, True, args.taken_action
+            )
+            for _ in range(args.updates_per_step):
+                batch = jax.device_put(replay.sample(rng, args.batch_size), split)
+                with_policy = updates % args.policy_delay == 0
+                state, metrics = update(args, with_policy, state, batch, k_update)
+                updates += 1
+                latest |= metrics
+            a0 = np.asarray(a0)
         else:
             a0 = rng.uniform(-1, 1, envs.action_space.shape).astype(np.float32)
         next_obs, reward, terminated, truncated, infos = envs.step(a0)
@@ -598,11 +662,12 @@ def train(args, run_dir, envs, replay, state, keys, step, stop):
         obs = next_obs
         bar.update(args.num_envs)
 
-        if learning and updates - start == args.policy_delay:  # all is compiled
+        if learning and clock is None and updates - start >= args.policy_delay:  # all is compiled
             bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
             clock, clock_step = time.time(), step
-        elif clock and with_policy and (updates - 1) % (200 * args.policy_delay) == 0:
-            for name, value in metrics.items():  # reading one waits for the device
+        elif clock and (updates - 1) // (200 * args.policy_delay) > logged:
+            logged = (updates - 1) // (200 * args.policy_delay)
+            for name, value in latest.items():  # reading one waits for the device
                 log.add_scalar(f"losses/{name}", float(value), step)
                 if not math.isfinite(value) or name.endswith("grad_norm") and value > 1e6:
                     fail(f"diverged: {name} is {value:.3g} at step {step}", 1)

@@ -1,31 +1,102 @@
-"""Joins run folders into one CSV, a row for each evaluation episode, and one with a row a run.
+"""Gathers run folders into a CSV, and prints its returns beside the paper's.
 
-    python benchmark/results.py runs/table2/* --out runs/table2.csv
+    python -m benchmark.results collect runs/table2/* --out runs/table2.csv
+    python -m benchmark.results show runs/table2.csv
 
-Writes table2.csv (task, method, seed, and the columns of the runs' eval.csv; for DNA those of
-metrics.csv, whose own "method" becomes "row") and table2.runs.csv (task, method, seed, status,
-step, attempts, seconds, device, jax, commit, flags; what only run.py knows is empty for runs that
-it did not start). A folder {task}__{method}__{seed} says what it holds; of any other, args.json.
+`collect` writes table2.csv with a row for each evaluation episode and table2.runs.csv
+with a row for each run. A run that table2.csv held before stays until a complete run
+of the same task, method and seed takes its place; while it stays, the column `older`
+marks it if its commit is none of the folders'.
+
+`show` prints Markdown. A run's value is the mean over the episodes of its last
+evaluation; cells are mean +- standard deviation (n - 1) over seeds.
 """
 
 import csv
-import io
 import json
-import os
+import struct
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import tyro
+from scipy.stats import bootstrap, trim_mean
+from tensorboardX.proto.event_pb2 import Event
 
-HEAD = "task", "method", "seed"
-TABLES = "eval.csv", "metrics.csv"  # of simpo_mujoco.py and simpo_dmc.py, of simpo_dna.py
-PLACE = "run_dir", "resume", "evaluate"  # flags that say where a run is, not what
+KEY = ("task", "method", "seed")
+NAMES = {  # of the weightings, and of the programs in peers/peers.csv
+    "exp": "Exp",
+    "linear": "Linear",
+    "square": "Square",
+    "linear_neg": "Lin. Neg.",
+    "square_neg": "Sqr. Neg.",
+    "ours": "Linear, N = 32",
+    "ours-n8": "Linear",
+    "dpmd": "DPMD, authors'",
+    "cleanrl-td3": "TD3, CleanRL",
+    "sbx-sac": "SAC, SBX",
+}
+COLOURS = {
+    "Exp": "tab:green",
+    "Linear": "tab:blue",
+    "Square": "tab:purple",
+    "Lin. Neg.": "tab:red",
+    "Sqr. Neg.": "tab:orange",
+    "Linear, N = 32": "tab:cyan",
+    "DPMD, authors'": "0.25",
+    "TD3, CleanRL": "0.5",
+    "SAC, SBX": "0.7",
+}
+OLDER = ", older trainer"  # ends the name of a run that `collect` marked
+PLACE = {"run_dir", "resume", "evaluate"}  # flags that say where a run is, not what
+# flags that name no curve: of task, method and seed, or without effect on training
+UNNAMED = {"seed", "env_id", "domain", "task", "reward", "weighting", "power", *PLACE}
+UNNAMED |= {"eval_every", "eval_episodes", "log_every", "capture_video", "track"}
+Paths = tyro.conf.Positional[tuple[Path, ...]]
+Select = tuple[tuple[str, str], ...]  # of rows: column, value
 
 
 def fail(message):
-    """One line and exit code 2, as from the trainers."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    """One line on stderr and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+# ---- files ---------------------------------------------------------------------------
+def read_table(path, growing=False):
+    """Rows of a CSV as dicts; of one that grows, without a last line that is cut."""
+    lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+    if growing and lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    reader = csv.DictReader(lines, strict=True)
+    rows = []
+    try:
+        columns = reader.fieldnames or ()
+        if len(set(columns)) < len(columns):
+            fail(f"{path} has two columns of one name")
+        for row in reader:
+            if None in row or None in row.values():
+                fail(f"{path}, line {reader.line_num}: other cells than the header")
+            rows.append(row)
+    except csv.Error as error:
+        fail(f"{path}, line {reader.line_num}: {error}")
+    return rows
+
+
+def write_table(path, rows):
+    """Rows with the columns of all of them; a reader finds the old file or this one."""
+    columns = {}
+    for row in rows:
+        columns |= dict.fromkeys(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
 
 
 def read_json(path):
@@ -36,111 +107,345 @@ def read_json(path):
         return {}
 
 
-def write_atomically(path, text):
-    """A reader finds the file of before or this one, whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+def read_evaluations(folder, table="eval.csv"):
+    """Rows of a run's table, [] if it has none."""
+    path = folder / table
+    return read_table(path, growing=True) if path.exists() else []
 
 
-def read_rows(folder):
-    """Rows of a run's table as dicts, less a last line that is just being written."""
-    for path in (folder / name for name in TABLES):
-        if path.exists():
-            text = path.read_text()
-            return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
-    return []
+def read_published():
+    """-> {(source, method): {task: (mean, standard deviation or None)}}."""
+    published = {}
+    for row in read_table(Path(__file__).parent / "mujoco" / "published.csv"):
+        std = float(row["std"]) if row["std"] else None
+        tasks = published.setdefault((row["source"], row["method"]), {})
+        tasks[row["task"]] = (float(row["mean"]), std)
+    return published
 
 
-def share_done(folder):
-    """Share of a run that is done, in [0, 1], by its evaluations; 1 once all of it is there."""
-    args, rows = read_json(folder / "args.json"), read_rows(folder)
-    if "total_timesteps" not in args:  # DNA, whose table comes last
-        last = "pretrained.npz" if args.get("pretrain_only") else "metrics.csv"
-        return float(bool(args) and (folder / last).exists())
-    share = int(rows[-1]["step"]) / args["total_timesteps"] if rows else 0.0
-    return min(share, 0.999 if (folder / "replay.dat").exists() else 1.0)
+PUBLISHED = read_published()
+TASKS = list(PUBLISHED["paper", "Linear"])
 
 
+# ---- run folders ---------------------------------------------------------------------
 def task_of(args):
-    """Name of a task by the flags of its run."""
     if "env_id" in args:
         return args["env_id"]
-    if "domain" in args:
-        stock = "" if args["reward"] == "stock" else f"-{args['reward']}"
-        return f"{args['domain']}-{args['task']}{stock}"
-    return Path(args.get("data") or "generated").name.split(".")[0]
+    name = f"{args['domain']}-{args['task']}"
+    return name if args["reward"] == "stock" else f"{name}-{args['reward']}"
 
 
 def method_of(args):
-    """Name of a weighting by the flags of its run, as in the table of experiments.py."""
-    return args["weighting"] + "_neg" * (args["neg_clip"] < 0)
+    if args["weighting"] == "power":
+        return f"power {args['power']:g}"
+    return args["weighting"] + ("_neg" if args["neg_clip"] < 0 else "")
 
 
 def identify(folder):
-    """-> task, method, seed of a run folder, or None for what is no run folder."""
-    args, parts = read_json(folder / "args.json"), folder.name.split("__")
-    if not args:
+    """-> task, method, seed, by the name of a folder of run.py, else by args.json; None
+    for what is no run folder of simpo_mujoco.py or simpo_dmc.py."""
+    args = read_json(folder / "args.json")
+    if "total_timesteps" not in args:
         return None
-    return parts if len(parts) == 3 else [task_of(args), method_of(args), str(args["seed"])]
+    parts = folder.name.split("__")
+    if len(parts) == 3 and parts[2] == str(args["seed"]):
+        return tuple(parts)
+    return task_of(args), method_of(args), str(args["seed"])
 
 
-def flags_of(args):
-    """All flags of a run as text."""
-    given = {k: x for k, x in args.items() if k not in PLACE and x is not None and x is not False}
-    return " ".join(f"--{k.replace('_', '-')} {x}".removesuffix(" True") for k, x in given.items())
+def is_complete(folder):
+    """Whether a run of simpo_mujoco.py or simpo_dmc.py made its last evaluation."""
+    args = read_json(folder / "args.json")
+    rows = read_evaluations(folder)
+    if not (args and rows) or (folder / "replay.dat").exists():
+        return False
+    return int(rows[-1]["step"]) >= args["total_timesteps"]
 
 
-def run_row(folder, rows):
+def hours_of(folder):
+    """Hours of work by the TensorBoard files, of which a resumed run has several."""
+    seconds = 0.0
+    for path in folder.glob("events.out.tfevents.*"):
+        data = path.read_bytes()
+        start = 0
+        times = []
+        while start + 12 <= len(data):  # length u64, its crc u32, event, its crc u32
+            (length,) = struct.unpack_from("<Q", data, start)
+            event = data[start + 12 : start + 12 + length]
+            if length == 0 or len(event) < length:  # zeros, or killed while it wrote
+                break
+            times.append(Event.FromString(event).wall_time)
+            start += 16 + length
+        if times:
+            seconds += times[-1] - times[0]
+    return round(seconds / 3600, 2) or ""
+
+
+def describe(folder):
     """What a row of .runs.csv has beside task, method and seed."""
-    record = read_json(folder.parent / "logs" / f"{folder.name}.json")
+    rows = read_evaluations(folder)
     versions = read_json(folder / "versions.json")
+    flags = []
+    for name, value in read_json(folder / "args.json").items():
+        if name not in PLACE and value is not None and value is not False:
+            flags.append(f"--{name.replace('_', '-')} {value}".removesuffix(" True"))
     return {
-        "status": "done" if share_done(folder) == 1 else record.get("status", "unfinished"),
-        "step": rows[-1].get("step", "") if rows else "",
-        "attempts": record.get("attempts", ""),
-        "seconds": round(record["seconds"]) if record else "",
-        "device": record.get("device", ""),
+        "status": "done" if is_complete(folder) else "unfinished",
+        "step": rows[-1]["step"] if rows else "",
+        "commit": (versions.get("commit") or "")[:7],
+        "machine": versions.get("machine", ""),
+        "cores": versions.get("cores", ""),
+        "hours": versions.get("hours") or hours_of(folder),
         "jax": versions.get("jax", ""),
-        "commit": versions.get("commit", "")[:7],
-        "flags": flags_of(read_json(folder / "args.json")),
+        "flags": " ".join(flags),
     }
 
 
-def join(folders):
-    """-> rows of the CSV and of its .runs.csv, in order of task, method and seed."""
-    rows, runs, owner = [], [], {}
-    for folder in folders:
-        if (name := identify(folder)) is None:
-            continue
-        if owner.setdefault(tuple(name), folder) != folder:
-            fail(f"{folder} and {owner[tuple(name)]} both hold {' '.join(name)}: rename one")
-        head, table = dict(zip(HEAD, name, strict=True)), read_rows(folder)
-        runs.append(head | run_row(folder, table))
-        rows += [head | {"row" if k in HEAD else k: x for k, x in row.items()} for row in table]
+def collect(runs: Paths, out: Path, table: str = "eval.csv"):
+    """Gather run folders into a CSV; others among them are passed over.
 
-    def place(row):  # sorting keeps the order of a run's rows
-        return row["task"], row["method"], int(row["seed"])
+    Args:
+        runs: run folders of simpo_mujoco.py and simpo_dmc.py
+        out: the CSV; beside it OUT.runs.csv
+        table: of the run folders, also evaluate.csv
+    """
+    about_path = out.with_suffix(".runs.csv")
+    episodes = {}  # {key: rows}
+    about = {}  # {key: row of .runs.csv}
+    if out.exists():
+        for row in read_table(out):
+            episodes.setdefault(tuple(row[name] for name in KEY), []).append(row)
+        for row in read_table(about_path):
+            about[tuple(row[name] for name in KEY)] = row
 
-    return sorted(rows, key=place), sorted(runs, key=place)
-
-
-def write_results(folders, out):
-    """Rebuilds both CSVs; equal folders give equal bytes of the first."""
-    for path, rows in zip((out, out.with_suffix(".runs.csv")), join(folders), strict=True):
-        columns, text = dict.fromkeys(name for row in rows for name in row), io.StringIO()
-        writer = csv.DictWriter(text, columns or HEAD, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(path, text.getvalue())
-
-
-def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path):
-    if not any(identify(folder) for folder in runs):
+    folders = {}
+    for folder in runs:
+        key = identify(folder)
+        if key in folders:
+            fail(f"{folder} and {folders[key]} both hold {' '.join(key)}: rename one")
+        if key is not None:
+            folders[key] = folder
+    if not folders:
         fail("no run folder among these")
-    write_results(runs, out)
-    print(f"wrote {out} and {out.with_suffix('.runs.csv')}")
+
+    new = {key: describe(folder) for key, folder in folders.items()}
+    commits = {row["commit"] for row in new.values()}
+    for key, row in about.items():
+        for kept in (row, *episodes.get(key, ())):
+            kept.pop("older", None)
+            if row["commit"] not in commits:
+                kept["older"] = "yes"
+    for key, row in new.items():
+        was_done = key in about and about[key]["status"] == "done"
+        if row["status"] == "done" or not was_done:
+            head = dict(zip(KEY, key, strict=True))
+            about[key] = head | row
+            episodes[key] = [head | x for x in read_evaluations(folders[key], table)]
+
+    def place(key):
+        task, method, seed = key
+        return task, method, int(seed)
+
+    order = sorted(about, key=place)
+    write_table(out, [row for key in order for row in episodes.get(key, ())])
+    write_table(about_path, [about[key] for key in order])
+    print(f"wrote {out} and {about_path}")
+
+
+# ---- curves --------------------------------------------------------------------------
+class Run(NamedTuple):
+    task: str
+    method: str
+    seed: int
+    flags: dict  # that may differ between runs of a method; {} where they are not known
+    x: np.ndarray  # [n], rising
+    y: np.ndarray  # [n], mean over the episodes at each x
+
+
+def number(path, row, column):
+    try:
+        return float(row[column])
+    except KeyError:
+        fail(f"{path} has no column {column}, but {', '.join(row)}")
+    except ValueError:
+        fail(f"{path}: {column} is {row[column]}, which is no number")
+
+
+def read_runs(paths, x="step", y="return", select=()):
+    """-> [Run] of CSVs that `collect` wrote and of run folders.
+
+    Other folders are passed over, and so are rows without a value of x or y."""
+    runs = []
+    for path in paths:
+        flags = {}
+        if path.is_dir():
+            key = identify(path)
+            if key is None:
+                continue
+            head = dict(zip(KEY, key, strict=True))
+            rows = [head | row for row in read_evaluations(path)]
+            args = read_json(path / "args.json")
+            flags = {name: args[name] for name in args if name not in UNNAMED}
+        else:
+            rows = read_table(path)
+        for key, points in read_points(path, rows, x, y, select).items():
+            at = sorted(points)
+            means = [np.mean(list(points[value].values())) for value in at]
+            runs.append(Run(*key, flags, np.array(at), np.array(means)))
+    if not runs:
+        fail(f"no evaluations in {', '.join(map(str, paths)) or 'no files'}")
+    return runs
+
+
+def is_selected(row, select):
+    """Whether a row has the selected values, or no value there."""
+    return all(row.get(column) in (value, "", None) for column, value in select)
+
+
+def read_points(path, rows, x, y, select):
+    """-> {(task, method, seed): {value of x: {episode: value of y}}}."""
+    runs = {}
+    for row in rows:
+        if row.get(x) == "" or row.get(y) == "" or not is_selected(row, select):
+            continue
+        for column in KEY:
+            if column not in row:
+                fail(f"{path} has no column {column}: see benchmark.results collect")
+        method = NAMES.get(row["method"], row["method"])
+        method += OLDER if row.get("older") else ""
+        key = (row["task"], method, int(number(path, row, "seed")))
+        episodes = runs.setdefault(key, {}).setdefault(number(path, row, x), {})
+        episode = row.get("episode", len(episodes))
+        if episode in episodes:
+            where = f"{' '.join(map(str, key))}, {x} {row[x]}, episode {episode}"
+            fail(f"{path} has two rows for {where}; --select COLUMN VALUE picks one")
+        episodes[episode] = number(path, row, y)
+    return runs
+
+
+def group_runs(runs):
+    """-> {(task, name): [Run of each seed]}, in the order of Table 2 and of the paper's
+    methods. The flags in which runs of a method differ are part of the name."""
+    curves = {}
+    for run in runs:
+        name = run.method
+        for flag, value in run.flags.items():
+            same_method = [other for other in runs if other.method == run.method]
+            if any(other.flags.get(flag) != value for other in same_method):
+                name += f", {flag} {value}"
+        seeds = curves.setdefault((run.task, name), [])
+        if run.seed in [other.seed for other in seeds]:
+            fail(f"two runs of {run.task}, {name} have seed {run.seed}")
+        seeds.append(run)
+
+    def place(key):
+        task, name = key
+        return rank(task, TASKS), rank(name.removesuffix(OLDER), [*COLOURS]), task, name
+
+    return {key: curves[key] for key in sorted(curves, key=place)}
+
+
+def rank(name, order):
+    return order.index(name) if name in order else len(order)
+
+
+# ---- tables --------------------------------------------------------------------------
+def last_values(runs):
+    """-> last step, [value there of each seed that has got as far]."""
+    step = max(run.x[-1] for run in runs)
+    return int(step), np.array([run.y[-1] for run in runs if run.x[-1] == step])
+
+
+def text_of(values):
+    """Mean +- standard deviation, the latter of several values only."""
+    mean = np.mean(values)
+    style = ".0f" if abs(mean) >= 20 else ".3g"
+    if len(values) == 1:
+        return f"{mean:{style}}"
+    return f"{mean:{style}} +- {np.std(values, ddof=1):{style}}"
+
+
+def returns_table(curves, with_published):
+    """Lines of Markdown: a row for each published method and each of ours."""
+    tasks = list(dict.fromkeys(task for task, _ in curves))
+    names = list(dict.fromkeys(name for _, name in curves))
+    last = {key: last_values(runs) for key, runs in curves.items()}
+    budgets = Counter((step, len(values)) for step, values in last.values())
+    usual = budgets.most_common(1)[0][0]
+
+    lines = [["method", "", *(task.removesuffix("-v4") for task in tasks)]]
+    lines.append(["---"] * len(lines[0]))
+    for (source, method), values in PUBLISHED.items():
+        row = [method, source]
+        for task in tasks:
+            mean, std = values.get(task, (None, None))
+            text = "" if mean is None else f"{mean:.0f}"
+            row.append(text if std is None else f"{text} +- {std:.0f}")
+        if with_published:
+            lines.append(row)
+    for name in names:
+        row = [name, "ours"]
+        for task in tasks:
+            text = ""
+            if (task, name) in last:
+                step, values = last[task, name]
+                text = text_of(values)
+                if (step, len(values)) != usual:
+                    text += f" ({step:,} x {len(values)})"
+            row.append(text)
+        lines.append(row)
+    step, seeds = usual
+    rule = f"Ours: environment steps x seeds are {step:,} x {seeds}, or as in brackets."
+    return [rule, "", *(f"| {' | '.join(row)} |" for row in lines)]
+
+
+def compare_methods(curves):
+    """A sentence on the difference of Lin. Neg. and Linear over tasks."""
+    names = ("Lin. Neg.", "Linear")
+    gaps = []
+    for task in TASKS:
+        if all((task, name) in curves for name in names):
+            means = [last_values(curves[task, name])[1].mean() for name in names]
+            stds = [PUBLISHED["paper", name][task][1] for name in names]
+            gaps.append((means[0] - means[1]) / np.sqrt(np.mean(np.square(stds))))
+    if len(gaps) < 2:
+        return "Too few tasks to compare Lin. Neg. with Linear."
+
+    def interquartile_mean(values, axis=-1):
+        return trim_mean(values, 0.25, axis=axis)
+
+    options = {"method": "percentile", "n_resamples": 10_000, "rng": 0}
+    low, high = bootstrap([gaps], interquartile_mean, **options).confidence_interval
+    return (
+        f"Lin. Neg. less Linear over {len(gaps)} tasks, in standard deviations of the "
+        f"paper's seeds: {interquartile_mean(gaps):.2f} ({low:.2f} to {high:.2f}; "
+        "interquartile mean and its 95 % bootstrap interval over tasks)."
+    )
+
+
+def show(files: Paths, column: str = "return", select: Select = ()):
+    """Print a table in Markdown, the paper's and others' numbers beside ours.
+
+    Args:
+        files: CSVs of `collect`, or run folders
+        column: of the CSVs; the published numbers are returns
+        select: only rows with this value, as `action best`, or with none in that column
+    """
+    curves = group_runs(read_runs(files, y=column, select=select))
+    in_table2 = column == "return" and any(task in TASKS for task, _ in curves)
+    lines = returns_table(curves, in_table2)
+    if in_table2:
+        lines += ["", compare_methods(curves)]
+    print("\n".join(lines))
+
+
+def main():
+    commands = {"collect": collect, "show": show}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    except OSError as error:
+        fail(error)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    main()

@@ -45,8 +45,8 @@ def solve_nu_for(q, lam, g):
 
     q and lam as in `solve_nu`; g is elementwise, non-decreasing, below 1 for small y
     and at least 1 for large y. Returns nu [..., 1], float32, differentiable, also in
-    what g closes over. If g stays on one side of 1 there is no root, and the nu returned
-    is infinite. Source: eq. (9).
+    what g closes over. Where g stays on one side of 1, no root exists and nu is
+    infinite. Source: eq. (9).
     """
     return _implicit(_bisect_nu, q, lam, g, g)
 

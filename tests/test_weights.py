@@ -1,11 +1,10 @@
-"""The weights w of each --weighting: value, mean, clip, order, and what must not change them."""
-
-import functools
+"""The weights w of each --weighting: value, mean, clip, order and invariances."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 from scipy.optimize import brentq
 from scipy.special import softmax
 
@@ -23,7 +22,14 @@ CASES = {
     "qvpo": {"weighting": "qvpo"},
     "wd1": {"weighting": "wd1"},
 }
-POWER_CASES = [name for name in CASES if name not in ("exp", "qvpo", "wd1")]
+POWER_CASES = [
+    "linear",
+    "square",
+    "power",
+    "lin_neg",
+    "sqr_neg",
+    "power_neg",
+]
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 each_case = pytest.mark.parametrize("name", CASES)
 jit_weights = jax.jit(weights, static_argnums=0)
@@ -35,92 +41,159 @@ def args_of(name):
 
 def power_of(name):
     args = args_of(name)
-    return {"linear": 1, "square": 2, "power": args.power}[args.weighting]
+    powers = {
+        "linear": 1,
+        "square": 2,
+        "power": args.power,
+    }
+    return powers[args.weighting]
 
 
-def random_q(offset=0.0):
-    """[8, N] on a grid of 1/64, so that adding an integer is exact in float32; with ties."""
-    q = np.round(np.random.default_rng(0).normal(size=(8, N)) * 64) / 64
+def random_q():
+    """[8, N] on a grid of 1/64, so that adding an integer is exact; with ties."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(8, N))
+    q = np.round(q * 64) / 64
     q[:, 4] = q[:, 5]
-    return np.float32(q + offset)
+    return np.float32(q)
 
 
-def expected(name, q, lam):
+def advantage(q):
+    return q - q.mean(axis=-1, keepdims=True)
+
+
+def solve_row(row, lam, g):
+    """Weights g(y) of mean 1 for one state, by Brent's method in float64."""
+
+    def excess(nu):
+        y = (row - nu) / lam
+        return g(y).mean() - 1
+
+    nu = brentq(excess, row.min() - 1e3, row.max())
+    return g((row - nu) / lam)
+
+
+def expected_weights(name, q, lam):
     """The weights in float64, by the table of the algorithm's page."""
     q = np.asarray(q, np.float64)
     if name == "exp":
         return N * softmax(q / lam, axis=-1)
     if name == "qvpo":
-        return np.maximum(q - q.mean(axis=-1, keepdims=True), 0) / 0.5
+        return np.maximum(advantage(q), 0) / 0.5
     if name == "wd1":
-        adv = (q - q.mean(axis=-1, keepdims=True)) / q.std(axis=-1, keepdims=True)
-        return N * (softmax(adv, axis=-1) - softmax(-adv, axis=-1))
-    power, neg_clip = power_of(name), args_of(name).neg_clip
+        scaled = advantage(q) / q.std(axis=-1, keepdims=True)
+        good = softmax(scaled, axis=-1)
+        bad = softmax(-scaled, axis=-1)
+        return N * (good - bad)
+    power = power_of(name)
+    neg_clip = args_of(name).neg_clip
 
     def g(y):
-        return np.maximum(np.sign(y) * np.abs(y) ** power, neg_clip)
+        w = np.sign(y) * np.abs(y) ** power
+        return np.maximum(w, neg_clip)
 
-    def solve(row):
-        nu = brentq(lambda nu: g((row - nu) / lam).mean() - 1, row.min() - 1e3, row.max())
-        return g((row - nu) / lam)
-
-    return np.array([solve(row) for row in q])
+    rows = [solve_row(row, lam, g) for row in q]
+    return np.array(rows)
 
 
+@pytest.mark.parametrize("lam", [0.1, 1.0, 10.0])
 @each_case
-def test_values(name):
+def test_values(name, lam):
     q = random_q()
-    for lam in (0.1, 1.0, 10.0):
-        w = jit_weights(args_of(name), q, jnp.float32(lam))
-        assert w.shape == q.shape and w.dtype == jnp.float32
-        np.testing.assert_allclose(w, expected(name, q, lam), rtol=3e-5, atol=3e-5)
+    w = jit_weights(args_of(name), q, jnp.float32(lam))
+    assert w.shape == q.shape
+    assert w.dtype == jnp.float32
+    expected = expected_weights(name, q, lam)
+    assert_allclose(w, expected, rtol=3e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("name", POWER_CASES)
 def test_the_smallest_weight_is_the_clip(name):
-    """Where samples are cut off, the smallest weight is exactly l; nowhere is it smaller."""
-    neg_clip = np.float32(args_of(name).neg_clip)
-    w = np.asarray(jit_weights(args_of(name), random_q(), jnp.float32(0.1)))
-    np.testing.assert_array_equal(w.min(axis=-1), neg_clip)
-    wide = np.asarray(jit_weights(args_of(name), random_q(), jnp.float32(100.0)))
-    assert wide.min() > 0.5  # a large lam: nothing is cut off
+    """Where samples are cut off, the smallest weight is l exactly, never below."""
+    args = args_of(name)
+    w = jit_weights(args, random_q(), jnp.float32(0.1))
+    smallest = np.min(w, axis=-1)
+    assert_array_equal(smallest, np.float32(args.neg_clip))
+
+
+@pytest.mark.parametrize("name", POWER_CASES)
+def test_a_large_lam_cuts_nothing_off(name):
+    w = jit_weights(args_of(name), random_q(), jnp.float32(100.0))
+    assert w.min() > 0.5
 
 
 @each_case
-def test_mean_order_shift_and_ties(name):
-    """Mean 1 (wd1: 0) also far from 0; w does not move with q, and equal samples weigh equally."""
-    args, lam, q = args_of(name), jnp.float32(0.3), random_q()
-    w = np.asarray(jit_weights(args, q, lam))
-    np.testing.assert_array_equal(w[:, 4], w[:, 5])
-    np.testing.assert_array_equal(jit_weights(args, q + 4096, lam), w)
-    if name != "qvpo":
-        mean = np.float64(jit_weights(args, q - 1e4, jnp.float32(0.01))).mean(axis=-1)
-        np.testing.assert_allclose(mean, 0 if name == "wd1" else 1, atol=1e-4)
-    flat = np.asarray(jit_weights(args, np.full_like(q, 7.0), lam))
-    np.testing.assert_allclose(flat, 0.0 if name in ("qvpo", "wd1") else 1.0, atol=1e-6)
+def test_equal_samples_of_a_state_weigh_equally(name):
+    w = jit_weights(args_of(name), random_q(), jnp.float32(0.3))
+    assert_array_equal(w[:, 4], w[:, 5])
+
+
+@each_case
+def test_weights_do_not_move_with_q(name):
+    args = args_of(name)
+    lam = jnp.float32(0.3)
+    q = random_q()
+    w = jit_weights(args, q, lam)
+    assert_array_equal(jit_weights(args, q + 4096, lam), w)
+
+
+@pytest.mark.parametrize("name", [*POWER_CASES, "exp", "wd1"])
+def test_the_mean_also_holds_far_from_zero(name):
+    q = random_q() - 1e4
+    w = jit_weights(args_of(name), q, jnp.float32(0.01))
+    mean = np.float64(w).mean(axis=-1)
+    expected = 0 if name == "wd1" else 1
+    assert_allclose(mean, expected, atol=1e-4)
+
+
+@each_case
+def test_a_state_of_equal_samples_has_equal_weights(name):
+    q = np.full((8, N), 7.0, np.float32)
+    w = jit_weights(args_of(name), q, jnp.float32(0.3))
+    expected = 0 if name in ("qvpo", "wd1") else 1
+    assert_allclose(w, expected, atol=1e-6)
 
 
 @each_case
 def test_no_gradient_flows(name):
     """The weights are constants of the policy's loss."""
 
-    @functools.partial(jax.jit, static_argnums=0)
-    @functools.partial(jax.grad, argnums=1)
-    def gradient(args, q):
-        return jnp.sum(weights(args, q, jnp.float32(0.5)) * jnp.arange(N)[None] + q)
+    def loss(q):
+        w = weights(args_of(name), q, jnp.float32(0.5))
+        cost = jnp.broadcast_to(jnp.arange(N), w.shape)
+        return jnp.sum(w * cost + q)
 
-    np.testing.assert_array_equal(gradient(args_of(name), random_q()), 1.0)
+    gradient = jax.jit(jax.grad(loss))
+    assert_array_equal(gradient(random_q()), 1.0)
 
 
-def test_the_papers_variants_by_hand():
-    """Linear, Square and their negative variants (Tables 2 and 3) on four samples, lam = 1."""
-    far, near = np.float32([[0, 0, 0, 10]]), np.float32([[0, 0.5, 0.5, 1]])
-    for weighting in ("linear", "square"):
-        for neg_clip, w in ((0.0, [0, 0, 0, 4]), (-0.05, [-0.05, -0.05, -0.05, 4.15])):
-            args = Args(weighting=weighting, neg_clip=neg_clip, num_samples=4)
-            np.testing.assert_allclose(jit_weights(args, far, jnp.float32(1)), [w], atol=1e-5)
-    # nothing is cut off: y = z + (0, .5, .5, 1), mean y^2 = (z + .5)^2 + 1/8 = 1
-    y = np.sqrt(7 / 8) - 0.5 + near[0].astype(np.float64)
-    for weighting, w in (("linear", [0.5, 1, 1, 1.5]), ("square", y**2)):
-        args = Args(weighting=weighting, num_samples=4)
-        np.testing.assert_allclose(jit_weights(args, near, jnp.float32(1)), [w], atol=1e-5)
+# ---- by hand -------------------------------------------------------------------------
+def weights_of_one_state(weighting, neg_clip, q):
+    """lam = 1 -> w [N]."""
+    args = Args(weighting=weighting, neg_clip=neg_clip, num_samples=len(q))
+    q = jnp.array([q], jnp.float32)
+    w = jit_weights(args, q, jnp.float32(1))
+    return w[0]
+
+
+@pytest.mark.parametrize("weighting", ["linear", "square"])
+def test_one_sample_far_above_the_rest(weighting):
+    """Linear, Square and their negative variants (Tables 2 and 3)."""
+    q = [0, 0, 0, 10]
+    w = weights_of_one_state(weighting, 0.0, q)
+    assert_allclose(w, [0, 0, 0, 4], atol=1e-5)
+    w = weights_of_one_state(weighting, -0.05, q)
+    assert_allclose(w, [-0.05, -0.05, -0.05, 4.15], atol=1e-5)
+
+
+def test_linear_with_nothing_cut_off():
+    w = weights_of_one_state("linear", 0.0, [0, 0.5, 0.5, 1])
+    assert_allclose(w, [0.5, 1, 1, 1.5], atol=1e-5)
+
+
+def test_square_with_nothing_cut_off():
+    """y = z + q with mean y^2 = (z + 1/2)^2 + 1/8 = 1."""
+    q = np.array([0, 0.5, 0.5, 1])
+    z = np.sqrt(7 / 8) - 0.5
+    w = weights_of_one_state("square", 0.0, q)
+    assert_allclose(w, (z + q) ** 2, atol=1e-5)

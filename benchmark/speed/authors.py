@@ -1,18 +1,19 @@
-"""Times an update and an action in turns with the authors' two programs, at equal N and T.
+"""Times an update and an action in turns with the authors' two programs.
 
-    bash benchmark/peers/setup.sh PEERS
-    python benchmark/speed/authors.py --peers PEERS --out benchmark/speed/authors.csv
+    bash benchmark/speed/setup_authors.sh PEERS
+    python -m benchmark.speed.authors PEERS > authors.csv
 
-dpmd is their DPMD, which steps its policy every second time, as ours does; gempo is GeMPO of their
-flow-rl, which does every time, and ours then too (--policy-delay 1). N = 32, T = 20, a batch of
-256, five environments, float32, random data, all cores. Prints and writes the median, minimum and
-maximum over --repeats turns in ms, and of `ratio`: their update and action over ours.
+dpmd is their DPMD, which steps its policy every second time, as ours does; gempo is
+GeMPO of their flow-rl, which does every time, and ours then too (--policy-delay 1).
+N = 32, 20 ancestral steps, a batch of 256, five environments, float32, random data, all
+cores. Columns are the median, the minimum and the maximum over the turns, in ms;
+`ratio` is their update and action over ours.
 """
 
 import csv
+import functools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,13 +22,28 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
-B, N, T, E = 256, 32, 20, 5
-PROGRAMS = ("dpmd", "gempo")
+BATCH = 256
+SAMPLES = 32
+STEPS = 20
+ENVS = 5
+ENV_IDS = ("Hopper-v4", "Humanoid-v4")
+TURNS = 6
 
 
-def dpmd(peers, o, d, batch, obs):
-    """-> update and act, as scripts/train_mujoco.py has them; both wait for their result."""
+# ---- in the authors' Python ----------------------------------------------------------
+def random_batch(obs_dim, act_dim):
+    rng = np.random.default_rng(0)
+    return {
+        "obs": rng.standard_normal((BATCH, obs_dim), np.float32),
+        "next_obs": rng.standard_normal((BATCH, obs_dim), np.float32),
+        "action": rng.uniform(-1, 1, (BATCH, act_dim)).astype(np.float32),
+        "reward": rng.standard_normal(BATCH, np.float32),
+        "done": np.zeros(BATCH, bool),
+    }
+
+
+def dpmd(peers, batch):
+    """-> update() and act() as in scripts/train_mujoco.py; both wait for the result."""
     import jax
     from relax.algorithm.dpmd import DPMD
     from relax.network.diffv2 import create_diffv2_net
@@ -36,131 +52,155 @@ def dpmd(peers, o, d, batch, obs):
     def mish(x):
         return x * jax.numpy.tanh(jax.nn.softplus(x))
 
-    options = {"num_timesteps": T, "num_particles": N, "noise_scale": 0.1}
-    options |= {"beta_schedule_scale": 0.8}
-    key, hidden = jax.random.key(0), [256] * 3
-    agent, params = create_diffv2_net(key, o, d, hidden, hidden, mish, **options)
-    options = {"alpha_lr": 7e-3, "delay_alpha_update": 250, "lr_schedule_end": 3e-5}
-    algorithm = DPMD(agent, params, lr=3e-4, **options)
-    batch = Experience(**batch)
-    return lambda: algorithm.update(key, batch), lambda: algorithm.get_action(key, obs)
+    key = jax.random.key(0)
+    agent, params = create_diffv2_net(
+        key,
+        batch["obs"].shape[1],
+        batch["action"].shape[1],
+        [256] * 3,
+        [256] * 3,
+        mish,
+        num_timesteps=STEPS,
+        num_particles=SAMPLES,
+        noise_scale=0.1,
+        beta_schedule_scale=0.8,
+    )
+    algorithm = DPMD(
+        agent,
+        params,
+        lr=3e-4,
+        alpha_lr=7e-3,
+        delay_alpha_update=250,
+        lr_schedule_end=3e-5,
+    )
+    update = functools.partial(algorithm.update, key, Experience(**batch))
+    act = functools.partial(algorithm.get_action, key, batch["obs"][:ENVS])
+    return update, act
 
 
-def gempo(peers, o, d, batch, obs):
-    """-> update and act, as examples/online/main_mujoco_offpolicy.py has them."""
-    sys.path.insert(0, str(Path(peers, "flow-rl")))
+def gempo(peers, batch):
+    """-> update() and act() as in examples/online/main_mujoco_offpolicy.py."""
+    sys.path.insert(0, str(peers / "flow-rl"))
     import jax
     from flowrl.agent.online.gempo import GeMPOAgent
     from flowrl.types import Batch
     from omegaconf import OmegaConf
 
-    file = Path(peers, "flow-rl/examples/online/config/mujoco/algo/gempo_linear.yaml")
+    file = peers / "flow-rl/examples/online/config/mujoco/algo/gempo_linear.yaml"
     config = OmegaConf.merge(OmegaConf.load(file), {"task": "Hopper-v5"})
-    config.algo.num_particles, config.algo.diffusion.steps = N, T
-    agent = GeMPOAgent(o, d, config.algo, seed=0)
-    columns = {k: x[:, None] if x.ndim == 1 else x for k, x in batch.items()}
-    columns["terminal"] = columns.pop("done").astype(np.float32)
-    batch = Batch(**columns, next_action=None)
+    config.algo.num_particles = SAMPLES
+    config.algo.diffusion.steps = STEPS
+    obs_dim = batch["obs"].shape[1]
+    act_dim = batch["action"].shape[1]
+    agent = GeMPOAgent(obs_dim, act_dim, config.algo, seed=0)
+    columns = Batch(
+        obs=batch["obs"],
+        next_obs=batch["next_obs"],
+        action=batch["action"],
+        reward=batch["reward"][:, None],
+        terminal=batch["done"][:, None].astype(np.float32),
+        next_action=None,
+    )
 
     def update():
-        jax.block_until_ready(agent.train_step(batch, 0))
+        jax.block_until_ready(agent.train_step(columns, 0))
 
-    return update, lambda: np.asarray(agent.sample_actions(obs, deterministic=False)[0])
+    def act():
+        obs = batch["obs"][:ENVS]
+        return np.asarray(agent.sample_actions(obs, deterministic=False)[0])
+
+    return update, act
 
 
-def serve(program, peers):
-    """In their Python: answers lines "o d" of stdin, then "go" by the ms of an update and an act,
-    means over two, of which DPMD refits the policy in one."""
-    answers, sys.stdout = sys.stdout, sys.stderr
-    rng = np.random.default_rng(0)
-    for line in sys.stdin:
-        if line.strip() != "go":
-            o, d = map(int, line.split())
-            obs, next_obs = (rng.standard_normal((B, o), np.float32) for _ in range(2))
-            action = rng.uniform(-1, 1, (B, d)).astype(np.float32)
-            reward, done = rng.standard_normal(B, np.float32), np.zeros(B, bool)
-            batch = {"obs": obs, "action": action, "reward": reward, "done": done}
-            pieces = globals()[program](peers, o, d, batch | {"next_obs": next_obs}, obs[:E])
-            for piece in pieces * 2:  # compiles
-                piece()
+PROGRAMS = {"dpmd": dpmd, "gempo": gempo}
+
+
+def serve(program, peers, obs_dim, act_dim):
+    """Answers each line of stdin by the ms of an update and of an act, means of two."""
+    answers = sys.stdout
+    sys.stdout = sys.stderr
+    batch = random_batch(int(obs_dim), int(act_dim))
+    calls = PROGRAMS[program](Path(peers), batch)
+    for call in calls * 2:  # compiles
+        call()
+    for _ in sys.stdin:
         times = []
-        for piece in pieces:
+        for call in calls:
             start = time.perf_counter()
-            for _ in range(2):
-                piece()
-            times.append((time.perf_counter() - start) / 2 * 1e3)
+            call()
+            call()
+            times.append(1000 * (time.perf_counter() - start) / 2)
         print(json.dumps(times), file=answers, flush=True)
 
 
-# ---- the process that asks and times ours ------------------------------------------------------
-
-
-def compare(program, peers, shape, repeats):
-    """Rows of the CSV of one program and shape."""
-    import speed
-
+# ---- in ours -------------------------------------------------------------------------
+def compare(program, peers, env_id):
+    """-> {quantity: [value of each turn]}."""
     import simpo_mujoco as simpo
+    from benchmark.speed.parts import prepare
 
-    command = [peers / program / "bin/python", __file__, "--serve", program, "--peers", peers]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    env = {k: x for k, x in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "PYTHONPATH")}
-    theirs = subprocess.Popen(command, **pipes, text=True, env=env)
-
-    def ask(line):
-        print(line, file=theirs.stdin, flush=True)
-        return json.loads(theirs.stdout.readline())
-
-    times = []
+    args = simpo.Args(
+        env_id=env_id,
+        num_samples=SAMPLES,
+        diffusion_steps=STEPS,
+        sampling_steps=STEPS,
+        sampler="ddpm",
+        policy_delay=2 if program == "dpmd" else 1,
+    )
+    env = dict(os.environ)
+    env.pop("PYTHONPATH", None)
+    env.pop("JAX_NUM_CPU_DEVICES", None)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        pieces = speed.Pieces(simpo, shape, f"as_{program}", folder)
-        ask(f"{pieces.obs.shape[1]} {pieces.envs.single_action_space.shape[0]}")
-        for _ in range(repeats):
-            ours = pieces.measure()
-            times.append([ours["update"], ours["act"], *ask("go")])
-        pieces.envs.close()
-    theirs.stdin.close()
-    theirs.wait()
-    times = np.array(times).T
-    rows = dict(zip(("ours_update", "ours_act", "their_update", "their_act"), times, strict=True))
-    rows["ratio"] = times[2:].sum(axis=0) / times[:2].sum(axis=0)
-    for name, x in rows.items():
-        numbers = statistics.median(x), min(x), max(x)
-        yield program, shape, name, *(f"{value:.3f}" for value in numbers)
+        trainer = prepare(args, folder)
+        dims = [str(trainer.obs.shape[1]), str(trainer.a0.shape[1])]
+        python = peers / program / "bin/python"
+        theirs = subprocess.Popen(
+            [python, Path(__file__).resolve(), "--serve", program, peers, *dims],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for _ in range(TURNS):
+            ours = trainer.measure()
+            print(file=theirs.stdin, flush=True)
+            update, act = json.loads(theirs.stdout.readline())
+            rows.append([ours["update"], ours["act"], update, act])
+        theirs.stdin.close()
+        theirs.wait()
+    our_update, our_act, their_update, their_act = np.transpose(rows)
+    return {
+        "our_update": our_update,
+        "our_act": our_act,
+        "their_update": their_update,
+        "their_act": their_act,
+        "ratio": (their_update + their_act) / (our_update + our_act),
+    }
 
 
-def main(
-    peers: Path,
-    programs: tuple[str, ...] = PROGRAMS,
-    shapes: tuple[str, ...] = ("Hopper-v4", "Humanoid-v4"),
-    repeats: int = 6,
-    out: Path = Path("authors.csv"),
-):
-    sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-    import jax
-    import speed
-    from results import fail
+def main(peers):
+    from benchmark.results import fail
+    from benchmark.speed.parts import machine, summary
 
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))  # as our main does
-    for program in programs:
-        if program not in PROGRAMS or not (peers / program / "bin/python").exists():
-            fail(f"--peers {peers} has no {program}; see benchmark/peers/setup.sh")
-    speed.SETTINGS |= {"as_dpmd": {}, "as_gempo": {"policy_delay": 1}}
-    where = speed.machine({"device": f"{jax.device_count()} x cpu", "jax": jax.__version__})
-    rows = [("program", "shape", "quantity", "median", "min", "max")]
-    rows += [("", "", name, value, "", "") for name, value in where.items()]
-    for program in programs:
-        for shape in shapes:
-            for row in compare(program, peers.absolute(), shape, repeats):
-                print("{:8} {:12} {:14} {:>10} {:>10} {:>10}".format(*row), flush=True)
-                rows.append(row)
-    with out.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+    for program in PROGRAMS:
+        if not (peers / program / "bin/python").exists():
+            fail(f"{peers} has no {program}; see benchmark/speed/setup_authors.sh")
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["program", "env_id", "quantity", "median", "min", "max"])
+    for program in PROGRAMS:
+        for env_id in ENV_IDS:
+            for name, values in compare(program, peers.absolute(), env_id).items():
+                table.writerow([program, env_id, name, *summary(values)])
+            sys.stdout.flush()
+    for name, value in machine().items():
+        table.writerow(["", "", name, value, "", ""])
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        serve(sys.argv[2], sys.argv[4])
+        serve(*sys.argv[2:])
+    elif len(sys.argv) == 2:
+        main(Path(sys.argv[1]))
     else:
-        import tyro
-
-        tyro.cli(main, description=__doc__)
+        sys.exit(__doc__)

@@ -1,28 +1,32 @@
-"""SiMPO on DeepMind Control: simpo_mujoco.py with the reward landscapes of figures 4 and 5.
+"""SiMPO on DeepMind Control: simpo_mujoco.py with the rewards of figures 4 and 5.
 
     python simpo_dmc.py --domain cheetah --task run --reward exp --reward-scale 20
-    python simpo_dmc.py --resume runs/NAME       # after an interruption of any kind
-    python simpo_dmc.py --evaluate runs/NAME --reward stock --capture-video
 
-Paper: arXiv 2603.10250, Algorithm 1, section 5.2, Table 4. Copy this file and common.py to use it.
-Diffusion time t counts T noise levels upwards: a_t = alpha_t a0 + sigma_t noise and
-velocity = alpha_t noise - sigma_t a0. Shapes: B states, N samples a state, o observation, d action,
-E environments, H hidden units. 1M steps, 30,000 of them random, make 194,000 updates; paper: 200k.
+Reproduces figures 4 and 5 of arXiv 2603.10250 (Algorithm 1, section 5.2, Table 4). A
+run of 300,000 steps takes about an hour on two cores. To use it, copy this file and
+common.py. `diff simpo_mujoco.py simpo_dmc.py` shows what is special to it.
 
-Where the paper is silent, or we depart from it (docs/mujoco.md has the numbers that decided):
-1. The N samples come from a slow copy of the policy, pi_old, which also acts and is evaluated, by
-   steps of variance beta_t: by the posterior's and its newest self a spread of 0.20 fell to 0.02.
-2. Noise that falls from 0.5 to 0.2 is added to them and to actions (Walker2d at 500k: 4,310; to 0.1
-   in 30 % of the run: 780). The smaller target critic weights; squared error is bounded.
-3. Critic targets take the best of 4 next actions, actions the best of 8, evaluations the best of N.
-4. Critics take two steps a batch, copies follow at 0.02: HalfCheetah at 100k 3,772, before 1,681.
-5. Every power is clipped, in eq. (11) the linear weight; lam's step is in log space, with a floor.
-6. Appendix F.2 prints rewards that fall with speed; ours rise, as its text says.
+Noise levels t = 0 .. T - 1 rise, with a_t = alpha_t a0 + sigma_t noise and
+velocity = alpha_t noise - sigma_t a0. Shapes: B states, N samples of a state,
+o observation, d action, H hidden units.
+
+Where the paper is silent, or we depart from it (evidence: docs/mujoco.md):
+1. The samples come from a slow copy of the policy, pi_old, which also acts.
+2. Gaussian noise that falls over the run is added to them and to actions; the smaller
+   target critic weights them; the squared error of a dimension is bounded.
+3. Critic targets take the best of 4 next actions, acting takes the best of 8.
+4. Critics take two steps on a batch; target critics and pi_old follow at rate 0.02.
+5. Every power can be clipped at l, in eq. (11) only the linear weight.
+6. N = 8 and a sampler of six steps; the paper's text implies
+   `--num-samples 32 --sampler ddpm --sampling-steps 20`, which is eight times slower.
+7. Appendix F.2 prints rewards that fall with speed; ours rise, as its text says.
 """
 
-import contextlib
+import argparse
 import dataclasses
+import fcntl
 import functools
+import itertools
 import json
 import math
 import os
@@ -31,18 +35,18 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
-import imageio.v2 as imageio
+import imageio
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
 from dm_control.rl.control import PhysicsError
+from gymnasium.spaces import Box
 from jax.sharding import NamedSharding, PartitionSpec
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -50,89 +54,110 @@ from tqdm import tqdm
 from common import solve_nu, update_lam
 
 TOP_SPEED = {"cheetah-run": 10.0, "walker-run": 8.0}  # v*, m/s: App. F.2, dm_control
-EPISODE_LIMIT = 10_000  # steps of an evaluation episode that nothing else ends
+EMBEDDING = 16  # size of the embedding of t
+KL_SHARE = 1.5 / math.log(32)  # the paper's eps_kl as a share of log N
+EVAL_SEED = 2**30  # evaluations start from it, training draws its seeds below
+EVAL_STEPS = 10_000  # ends an evaluation episode that nothing else ends
+PACKAGES = ("jax", "optax", "numpy", "gymnasium", "mujoco", "dm_control")
+LOG_EVERY = 2_000  # environment steps between rows of losses
+DIVERGED = 3  # exit code of a run whose numbers are not finite
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- Experiment ---
     domain: str = "cheetah"  # of the DeepMind Control Suite
-    task: str = "run"
-    reward: Literal["stock", "sqrt", "linear", "square", "exp"] = "stock"  # or App. F.2's
-    seed: int = 1
-    # weights of the samples
-    weighting: Literal["exp", "linear", "square", "power", "qvpo", "wd1"] = "linear"  # g in eq. (9)
-    neg_clip: float = 0.0  # l in eq. (11): smallest weight; 0 keeps w >= 0, Lin. Neg. is -0.05
-    eps_kl: float | None = None  # nats, eq. (30); default 43 % of log N: the paper's 1.5 at N = 32
-    power: float = 1.5  # p of --weighting power: w = sign(y) |y|^p
-    # diffusion policy
-    num_samples: int = 32  # N, weighted samples a state
-    diffusion_steps: int = 20  # T, noise levels
-    sampling_steps: int = 20  # noise levels that the sampler visits, each a call of the network
-    sampler: Literal["ddpm", "dpm2"] = "ddpm"  # dpm2 is deterministic and good with six steps
-    target_samples: int = 4  # M: the critics' target takes the best of M next actions
-    act_samples: int = 8  # the action taken is the best of so many; an evaluation's, of N
-    noise_start: float = 0.5  # std of Gaussian noise on the samples weighted or acted with
-    noise_end: float = 0.2  # the same at the last update; geometric in between (or both 0)
-    error_bound: float = 5.0  # on the squared error of an action dimension; ends a repulsion
-    # optimisation
-    policy_lr: float = 3e-4  # at the first update, then linearly to
-    policy_lr_end: float = 3e-5  # at the last one
-    critic_lr: float = 3e-4
-    critic_steps: int = 2  # of an update, on one batch and its targets, as the authors' DPMD takes
-    gamma: float = 0.99  # discount
-    tau: float = 0.02  # rate at which the target critics and pi_old follow
-    reward_scale: float = 0.2
-    batch_size: int = 256  # B
-    policy_delay: int = 2  # updates of the critics for one of the policy
-    hidden_dim: int = 256  # H, units of each of the 3 hidden layers of policy and critics
-    # run
+    task: str = "run"  # of the domain
+    reward: Literal["stock", "sqrt", "linear", "square", "exp"] = "stock"  # App. F.2
+    seed: int = 1  # of networks, actions, batches and training episodes
     total_timesteps: int = 1_000_000  # environment steps, over all environments
-    learning_starts: int | None = None  # random steps first; default 30_000 or a tenth of the run
-    num_envs: int = 5  # environments; one update for each step of all of them
-    buffer_size: int = 1_000_000  # the most recent transitions, which batches are drawn from
-    eval_every: int = 50_000  # environment steps between evaluations
-    eval_episodes: int = 20  # run at once, from the same starts every time
-    checkpoint_every: int = 25_000  # environment steps; new episodes begin at each checkpoint
-    capture_video: bool = False  # film the first episode of every evaluation
-    track: bool = False  # mirror the TensorBoard log to Weights & Biases
+    num_envs: int = 5  # environments; each step of all of them is followed by an update
+    eval_every: int = 25_000  # environment steps between saves, each with an evaluation
+    eval_episodes: int = 20  # of an evaluation, from the same starts every time
     run_dir: str | None = None  # default: runs/{env_id}__simpo_dmc__{seed}__{time}
-    resume: str | None = None  # run folder to continue with its own flags
+    resume: str | None = None  # run folder to continue, with its own flags
     evaluate: str | None = None  # run folder to evaluate instead of training
+    capture_video: bool = False  # film the first episode of every evaluation
+    track: bool = False  # mirror TensorBoard to Weights & Biases
+    # --- Weights of the samples ---
+    weighting: Literal["exp", "linear", "square", "power", "qvpo", "wd1"] = "linear"
+    neg_clip: float = 0.0  # l in eq. (11): smallest weight; Lin. Neg. is -0.05
+    eps_kl: float | None = None  # nats, eq. (30); default 43 % of log N: 1.5 at N = 32
+    power: float = 1.5  # p of --weighting power: w = sign(y) |y|^p
+    num_samples: int = 8  # N, weighted samples of a state
+    # --- Diffusion policy ---
+    diffusion_steps: int = 20  # T, noise levels that the policy is trained on
+    sampling_steps: int = 6  # noise levels that the sampler visits
+    sampler: Literal["ddpm", "dpm2"] = "dpm2"  # ancestral, or second-order and exact
+    target_samples: int = 4  # M: critic targets take the best of M next actions
+    act_samples: int = 8  # the action taken is the best of so many
+    noise_start: float = 0.5  # std of the noise on samples and actions, first update
+    noise_end: float = 0.2  # the same at the last update; geometric in between
+    error_bound: float = 5.0  # on the squared error of each action dimension
+    # --- Optimisation ---
+    policy_lr: float = 3e-4  # Adam's rate for the policy at the first update
+    policy_lr_end: float = 3e-5  # the same at the last update; linear in between
+    critic_lr: float = 3e-4  # Adam's rate for the critics, constant
+    critic_steps: int = 2  # Adam steps of the critics on each batch and its targets
+    gamma: float = 0.99  # discount
+    tau: float = 0.02  # rate at which target critics and pi_old follow
+    reward_scale: float = 0.2  # of the rewards that the critics see
+    batch_size: int = 256  # B
+    buffer_size: int = 1_000_000  # most recent transitions that batches are drawn from
+    learning_starts: int = 30_000  # environment steps with random actions first
+    policy_delay: int = 2  # updates of the critics for one of the policy
+    hidden_dim: int = 256  # H, of each of the 3 hidden layers of policy and critics
+
+    @property
+    def env_id(self):
+        return f"{self.domain}-{self.task}"
+
+    @property
+    def kl_bound(self):
+        """Bound on the KL of the weights, eq. (30), in nats."""
+        if self.eps_kl is None:
+            return KL_SHARE * math.log(max(self.num_samples, 1))
+        return self.eps_kl
 
     def __post_init__(self):
-        log_n = math.log(max(self.num_samples, 2))
-        if self.eps_kl is None:
-            object.__setattr__(self, "eps_kl", round(1.5 / math.log(32) * log_n, 6))
-        if self.learning_starts is None:
-            object.__setattr__(self, "learning_starts", min(30_000, -(-self.total_timesteps // 10)))
-        for name, x in vars(self).items():
-            least = 1 if type(x) is int and name != "seed" else 0
-            if type(x) in (int, float) and name != "neg_clip" and not x >= least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {x}")
-        first_learning_step = self.learning_starts + self.num_envs
-        clipped = self.weighting in ("linear", "square", "power")
-        shaped = self.env_id in TOP_SPEED
-        for ok, rule in (  # tyro prints a ValueError as an error of usage
-            (shaped or self.reward == "stock", f"--reward {self.reward} needs {[*TOP_SPEED]}"),
-            (self.neg_clip <= 0, "--neg-clip must be at most 0"),
-            (clipped or not self.neg_clip, f"--neg-clip is not for --weighting {self.weighting}"),
-            (max(self.gamma, self.tau) <= 1, "--gamma and --tau must be at most 1"),
-            (self.num_samples > 1, "--num-samples must be at least 2, for weights to compare"),
-            (0 < self.eps_kl < log_n, f"--eps-kl must be in (0, log N = {log_n:.3f})"),
-            (1 < self.sampling_steps <= self.diffusion_steps, "--sampling-steps must be in [2, T]"),
-            (first_learning_step <= self.total_timesteps, "--total-timesteps leaves no update"),
-            (self.checkpoint_every <= self.buffer_size, "--checkpoint-every exceeds --buffer-size"),
-            ("://" not in (self.run_dir or ""), "--run-dir must be a local folder"),
-            (not self.track or find_spec("wandb"), "--track needs pip install wandb"),
-        ):
-            if not ok:
-                raise ValueError(rule)
+        shapes = " and ".join(TOP_SPEED)
+        rules = {
+            f"--reward {self.reward} is for {shapes}": (
+                self.reward == "stock" or self.env_id in TOP_SPEED
+            ),
+            "--seed must be in [0, 2^32)": 0 <= self.seed < 2**32,
+            "--gamma and --tau must be at most 1": max(self.gamma, self.tau) <= 1,
+            "--sampling-steps must be in [2, T]": (
+                2 <= self.sampling_steps <= self.diffusion_steps
+            ),
+        }
+        for field in dataclasses.fields(self):
+            least = {int: 1, float: 0}.get(field.type)
+            if least is not None and field.name not in ("seed", "neg_clip"):
+                flag = field.name.replace("_", "-")
+                rule = f"--{flag} must be at least {least}"
+                rules[rule] = getattr(self, field.name) >= least
+        if not self.evaluate:  # rules of training
+            clipped = self.weighting in ("linear", "square", "power")
+            log_n = math.log(max(self.num_samples, 1))
+            first_update = self.learning_starts + self.num_envs
+            rules |= {
+                "--neg-clip must be at most 0": self.neg_clip <= 0,
+                f"--neg-clip is not for {self.weighting}": clipped or not self.neg_clip,
+                "--eps-kl must be in (0, log of --num-samples)": (
+                    0 < self.kl_bound < log_n
+                ),
+                "--learning-starts leaves no update before --total-timesteps": (
+                    first_update <= self.total_timesteps
+                ),
+            }
+        for rule, holds in rules.items():
+            if not holds:
+                raise ValueError(rule)  # tyro shows it as an error of usage
 
-    env_id = property(lambda self: f"{self.domain}-{self.task}")
 
-
-# ---- networks ----------------------------------------------------------------------------------
-@jax.checkpoint  # the backward pass computes it again: it is memory-bound on a CPU
+# ---- networks ------------------------------------------------------------------------
+@jax.checkpoint  # recomputed in the backward pass: it is memory-bound on a CPU
 def mish(x):
     """x tanh(softplus(x)), with one exp and one division."""
     e = jnp.exp(jnp.minimum(x, 20.0))
@@ -141,10 +166,13 @@ def mish(x):
 
 
 def init_mlp(key, sizes):
-    """[{"w": [in, out], "b": [out]}, ...]: truncated normal of variance 1 / in, and zeros."""
-    init, keys = jax.nn.initializers.lecun_normal(), jax.random.split(key, len(sizes) - 1)
-    layers = zip(keys, sizes[:-1], sizes[1:], strict=True)
-    return [{"w": init(k, (n_in, n_out)), "b": jnp.zeros(n_out)} for k, n_in, n_out in layers]
+    """[{"w": [in, out], "b": [out]}, ...]: weights of variance 1 / in, zero biases."""
+    init = jax.nn.initializers.lecun_normal()
+    keys = jax.random.split(key, len(sizes) - 1)
+    layers = []
+    for k, n_in, n_out in zip(keys, sizes[:-1], sizes[1:], strict=True):
+        layers.append({"w": init(k, (n_in, n_out)), "b": jnp.zeros(n_out)})
+    return layers
 
 
 def mlp(layers, x):
@@ -157,7 +185,8 @@ def q_values(critics, obs, act):
     """Both critics: obs [B, o], act [B, N, d] -> [2, B, N]."""
 
     def q_value(net):
-        w_obs, w_act = jnp.split(net[0]["w"], [obs.shape[-1]])  # obs @ w_obs: once, not N times
+        # the first layer on [obs | act]: obs is multiplied once, not N times
+        w_obs, w_act = jnp.split(net[0]["w"], [obs.shape[-1]])
         obs_part = (obs @ w_obs + net[0]["b"])[:, None]  # [B, 1, H]
         return mlp(net[1:], mish(obs_part + act @ w_act))[..., 0]
 
@@ -165,14 +194,16 @@ def q_values(critics, obs, act):
 
 
 def policy_velocity(theta, obs, num_levels):
-    """The policy at fixed states: obs [B, o] -> velocity(a_t [B, N, d], t [] or [B, N]) [B, N, d].
-    Of its net's first layer, on [obs | a_t | embedding of t], all but a_t's part is made here."""
+    """The policy at states obs [B, o], as a function velocity(a_t [B, N, d], t)."""
     first, *rest = theta["net"]
-    o, d = obs.shape[-1], rest[-1]["b"].shape[0]
-    w_obs, w_act, w_time = jnp.split(first["w"], [o, o + d])
+    obs_dim = obs.shape[-1]
+    act_dim = rest[-1]["b"].shape[0]
+    # the first layer on [obs | a_t | embedding of t]: all but a_t's part is made once
+    w_obs, w_act, w_time = jnp.split(first["w"], [obs_dim, obs_dim + act_dim])
     obs_part = (obs @ w_obs + first["b"])[:, None]  # [B, 1, H]
-    phase = jnp.outer(jnp.arange(1.0, num_levels + 1), 10_000.0 ** -jnp.linspace(0, 1, 8))
-    embedding = jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)  # [T, 16]
+    frequency = 10_000.0 ** -jnp.linspace(0, 1, EMBEDDING // 2)
+    phase = jnp.outer(jnp.arange(1.0, num_levels + 1), frequency)
+    embedding = jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
     time_part = mlp(theta["time"], embedding) @ w_time  # [T, H]
 
     def velocity(a_t, t):
@@ -181,256 +212,355 @@ def policy_velocity(theta, obs, num_levels):
     return velocity
 
 
-# ---- diffusion ---------------------------------------------------------------------------------
-def cosine_alpha_bar(num_levels):
-    """Table 4: alpha_t^2 = 1 - sigma_t^2 at the T levels, falling (Nichol and Dhariwal, eq. 17)."""
-    f = np.cos((np.arange(num_levels + 1) / num_levels + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], 0.999))
+# ---- diffusion -----------------------------------------------------------------------
+# These three functions are the path from data to noise. For a flow: alpha = 1 - sigma,
+# sigma = (t + 1) / T, velocity = noise - a0 and a0 = a_t - sigma velocity.
+def schedule(num_levels):
+    """alpha [T] and sigma [T], cosine as in Table 4 (Nichol and Dhariwal, eq. 17)."""
+    s = (np.arange(num_levels + 1) / num_levels + 0.008) / 1.008
+    f = np.cos(s * np.pi / 2) ** 2
+    beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
+    alpha_bar = np.cumprod(1 - beta)
+    return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
 
 
-def sampler_steps(sampler, num_levels, num_visited):
-    """The levels visited, upwards and denser at low noise, and the step down from each of them:
-        a_next = coef_a0 a0 + coef_last (a0 predicted one level above) + coef_at a_t + std noise.
+def to_velocity(a0, noise, alpha, sigma):
+    return alpha * noise - sigma * a0
 
-    ddpm: Ho et al. (2006.11239) with variance beta_t, none in the last step. dpm2: Lu et al.
-    (2211.01095), DPM-Solver++(2M). -> the level's index, alpha, sigma and the coefficients."""
-    i = np.arange(num_visited)
-    t = np.round(i + (num_levels - num_visited) * (i / (num_visited - 1)) ** 1.7).astype(np.int32)
-    bar = cosine_alpha_bar(num_levels)[t]
-    bar_next = np.append(1.0, bar[:-1])
-    alpha, sigma, std, extrapolate = np.sqrt(bar), np.sqrt(1 - bar), 0 * bar, 0 * bar
-    coef_at = np.sqrt(1 - bar_next) / sigma
-    if sampler == "ddpm":
-        coef_at *= coef_at * alpha / np.sqrt(bar_next)
-        std[1:] = np.sqrt(1 - bar / bar_next)[1:]
+
+def to_a0(a_t, velocity, alpha, sigma):
+    return alpha * a_t - sigma * velocity
+
+
+class Level(NamedTuple):
+    """A noise level and the sampler's step down from it, or arrays of rising levels:
+    a_next = coef_a0 a0 + coef_last (a0 predicted one level above) + coef_at a_t
+             + std noise."""
+
+    t: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    coef_a0: np.ndarray
+    coef_last: np.ndarray
+    coef_at: np.ndarray
+    std: np.ndarray
+
+
+def sampler_levels(args):
+    """The levels visited, denser at low noise.
+
+    ddpm is Ho et al. (2006.11239) with variance beta_t, none in the last step (1);
+    dpm2 is DPM-Solver++(2M), Lu et al. (2211.01095)."""
+    i = np.arange(args.sampling_steps)
+    skipped = args.diffusion_steps - args.sampling_steps
+    t = np.round(i + skipped * (i / i[-1]) ** 1.7).astype(np.int32)  # 1.7: by trial
+
+    alpha, sigma = schedule(args.diffusion_steps)
+    alpha = alpha[t]
+    sigma = sigma[t]
+    alpha_next = np.append(1.0, alpha[:-1])
+    sigma_next = np.append(0.0, sigma[:-1])
+
+    std = np.zeros_like(alpha)
+    extrapolate = np.zeros_like(alpha)
+    if args.sampler == "ddpm":
+        ratio = alpha / alpha_next
+        std[1:] = np.sqrt(sigma**2 - (ratio * sigma_next) ** 2)[1:]
+        coef_at = ratio * (sigma_next / sigma) ** 2
     else:
         h = -np.diff(np.log(alpha / sigma))
-        extrapolate[1:-1] = h[:-1] / h[1:] / 2  # the first step and the last are of first order
-    coef_a0 = np.sqrt(bar_next) - alpha * coef_at
-    rows = (alpha, sigma, (1 + extrapolate) * coef_a0, -extrapolate * coef_a0, coef_at, std)
-    return t, *(row.astype(np.float32) for row in rows)
+        extrapolate[1:-1] = h[:-1] / h[1:] / 2  # first and last steps are first-order
+        coef_at = sigma_next / sigma
+    coef_a0 = alpha_next - alpha * coef_at
+    coef_last = -extrapolate * coef_a0
+    return Level(t, alpha, sigma, coef_a0 - coef_last, coef_last, coef_at, std)
 
 
 def sample_actions(args, theta, obs, num_samples, key):
     """Samples of the policy: obs [B, o] -> a0 [B, N, d] in [-1, 1]."""
     velocity = policy_velocity(theta, obs, args.diffusion_steps)
-    shape = len(obs), num_samples, theta["net"][-1]["b"].shape[0]
+    act_dim = theta["net"][-1]["b"].shape[0]
+    shape = (len(obs), num_samples, act_dim)
     k_start, k_steps = jax.random.split(key)
 
     def denoise(carry, level):
-        (a_t, last_a0), (t, alpha, sigma, coef_a0, coef_last, coef_at, std) = carry, level
-        a0 = jnp.clip(alpha * a_t - sigma * velocity(a_t, t), -1, 1)
-        a_t = coef_a0 * a0 + coef_last * last_a0 + coef_at * a_t
+        a_t, last_a0 = carry
+        a0 = to_a0(a_t, velocity(a_t, level.t), level.alpha, level.sigma)
+        a0 = jnp.clip(a0, -1, 1)
+        a_t = level.coef_a0 * a0 + level.coef_last * last_a0 + level.coef_at * a_t
         if args.sampler == "ddpm":
-            a_t += std * jax.random.normal(jax.random.fold_in(k_steps, t), shape)
+            k_step = jax.random.fold_in(k_steps, level.t)
+            a_t += level.std * jax.random.normal(k_step, shape)
         return (a_t, a0), None
 
-    levels = sampler_steps(args.sampler, args.diffusion_steps, args.sampling_steps)
-    start = jax.random.normal(k_start, shape), jnp.zeros(shape)
-    return jax.lax.scan(denoise, start, levels, reverse=True)[0][1]  # the last a0 predicted
+    start = (jax.random.normal(k_start, shape), jnp.zeros(shape))
+    (_, a0), _ = jax.lax.scan(denoise, start, sampler_levels(args), reverse=True)
+    return a0
 
 
-# ---- weights -----------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------
 def weights(args, q, lam):
-    """Eq. (9): q [B, N] and lam [], in reward units -> w [B, N] of mean 1 over N; no gradient."""
-    n, q = q.shape[-1], jax.lax.stop_gradient(q - jnp.max(q, axis=-1, keepdims=True))
+    """Eq. (9): q [B, N] and lam [], in reward units -> w [B, N] of mean 1 over N."""
+    n = q.shape[-1]
+    q = jax.lax.stop_gradient(q - jnp.max(q, axis=-1, keepdims=True))
     if args.weighting == "exp":  # Example 3.1
         return n * jax.nn.softmax(q / lam, axis=-1)
-    if args.weighting == "qvpo":  # Example 3.2, but w = y as in Table 1; not normalised
+    if args.weighting == "qvpo":  # Example 3.2, w = y as in Table 1; not normalised
         return jax.nn.relu(q - jnp.mean(q, axis=-1, keepdims=True)) / 0.5
     if args.weighting == "wd1":  # Example 3.4; mean 0
         advantage = jax.nn.standardize(q, axis=-1, epsilon=1e-12)
-        return n * (jax.nn.softmax(advantage, axis=-1) - jax.nn.softmax(-advantage, axis=-1))
+        good = jax.nn.softmax(advantage, axis=-1)
+        bad = jax.nn.softmax(-advantage, axis=-1)
+        return n * (good - bad)
     power = {"linear": 1, "square": 2, "power": args.power}[args.weighting]
     y = (q - solve_nu(q, lam, power, args.neg_clip)) / lam
-    return jnp.maximum(jnp.sign(y) * jnp.abs(y) ** power, args.neg_clip)
+    return jnp.maximum(jnp.sign(y) * jnp.abs(y) ** power, args.neg_clip)  # (5)
 
 
-# ---- update ------------------------------------------------------------------------------------
+# ---- update --------------------------------------------------------------------------
+class Batch(NamedTuple):
+    """B transitions; a truncated episode bootstraps, and so is not told apart."""
+
+    obs: np.ndarray  # [B, o]
+    next_obs: np.ndarray  # [B, o]
+    act: np.ndarray  # [B, d]
+    reward: np.ndarray  # [B]
+    terminated: np.ndarray  # [B]
+
+
 class State(NamedTuple):
-    """Everything that training changes on the device. The first three play a trained policy."""
+    """Everything that training changes on the device; theta_old and critics play."""
 
-    theta_old: dict  # pi_old of Algorithm 1, which is sampled: it follows theta slowly
+    theta: dict  # policy: its "net", and "time", the embedding of t
+    theta_old: dict  # pi_old of Algorithm 1, a slow copy of theta (1)
     critics: list  # two networks
+    critics_target: list
+    theta_opt: optax.OptState
+    critics_opt: optax.OptState
+    log_lam: jax.Array
     step: jax.Array  # updates of the critics so far
-    theta: dict | None = None  # policy: its "net", and "time", the embedding of t
-    critics_target: list | None = None
-    theta_opt: optax.OptState | None = None
-    critics_opt: optax.OptState | None = None
-    log_lam: jax.Array | None = None
 
 
-def optimisers(args):
-    """Adam for the policy, its rate annealed over the run (Table 4), and for the critics."""
+def policy_optimiser(args):
+    """Adam whose rate falls linearly, reaching its end at the last update (Table 4)."""
     updates = (args.total_timesteps - args.learning_starts) // args.num_envs
-    steps = max(math.ceil(updates / args.policy_delay) - 1, 1)  # from the first rate to the last
-    policy_lr = optax.linear_schedule(args.policy_lr, args.policy_lr_end, steps)
-    return optax.adam(policy_lr), optax.adam(args.critic_lr)
+    steps = max(math.ceil(updates / args.policy_delay) - 1, 1)
+    return optax.adam(optax.linear_schedule(args.policy_lr, args.policy_lr_end, steps))
+
+
+def critic_optimiser(args):
+    return optax.adam(args.critic_lr)
 
 
 def init_state(args, obs_dim, act_dim, key):
-    k_net, k_time, *k_critics = jax.random.split(key, 4)
-    hidden, embedding = [args.hidden_dim] * 3, 16
-    net = init_mlp(k_net, [obs_dim + act_dim + embedding, *hidden, act_dim])
-    theta = {"net": net, "time": init_mlp(k_time, [embedding, 2 * embedding, embedding])}
-    critics = [init_mlp(k, [obs_dim + act_dim, *hidden, 1]) for k in k_critics]
-    copies = jax.tree.map(jnp.copy, (theta, critics))  # donated buffers must not be shared
-    opts = [adam.init(x) for adam, x in zip(optimisers(args), (theta, critics), strict=True)]
-    return State(copies[0], critics, jnp.int32(0), theta, copies[1], *opts, jnp.zeros(()))
+    k_net, k_time, k_critic1, k_critic2 = jax.random.split(key, 4)
+    hidden = [args.hidden_dim] * 3
+    theta = {
+        "net": init_mlp(k_net, [obs_dim + act_dim + EMBEDDING, *hidden, act_dim]),
+        "time": init_mlp(k_time, [EMBEDDING, 2 * EMBEDDING, EMBEDDING]),
+    }
+    sizes = [obs_dim + act_dim, *hidden, 1]
+    critics = [init_mlp(k_critic1, sizes), init_mlp(k_critic2, sizes)]
+    return State(
+        theta=theta,
+        theta_old=jax.tree.map(jnp.copy, theta),
+        critics=critics,
+        critics_target=jax.tree.map(jnp.copy, critics),
+        theta_opt=policy_optimiser(args).init(theta),
+        critics_opt=critic_optimiser(args).init(critics),
+        log_lam=jnp.zeros(()),
+        step=jnp.int32(0),
+    )
 
 
 def noise_std(args, step):
-    """Std of the noise on samples of pi_old after `step` updates."""
+    """Std of the noise on samples of pi_old after `step` updates (2)."""
     share = step * args.num_envs / (args.total_timesteps - args.learning_starts)
     return args.noise_start ** (1 - share) * args.noise_end**share
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 6))
-def best_action(args, state, obs, num_samples, key, step=0, noisy=False):
-    """The best of some samples of pi_old by the smaller critic: obs [B, o] -> [B, d]."""
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def best_action(args, state, obs, num_samples, key, step=0, std=0.0):
+    """The best of some samples of pi_old with noise, by the smaller critic.
+
+    obs [B, o]; step, which makes the key its own -> [B, d], which noise of this std can
+    lead out of [-1, 1]."""
     k_sample, k_noise = jax.random.split(jax.random.fold_in(key, step))
     a0 = sample_actions(args, state.theta_old, obs, num_samples, k_sample)
-    if noisy:
-        a0 += noise_std(args, state.step) * jax.random.normal(k_noise, a0.shape)
-    best = jnp.argmax(q_values(state.critics, obs, a0).min(axis=0), axis=-1)
-    return jnp.take_along_axis(a0, best[:, None, None], axis=1)[:, 0]
+    a0 += std * jax.random.normal(k_noise, a0.shape)
+    q = q_values(state.critics, obs, a0).min(axis=0)
+    best = jnp.argmax(q, axis=-1)[:, None, None]
+    return jnp.take_along_axis(a0, best, axis=1)[:, 0]
+
+
+def update_critics(args, state, batch, key):
+    """critic_steps steps towards r + gamma Q'(next_obs, best of M next actions)."""
+    # differs from paper: best of M (3), several steps on one batch (4)
+    next_act = best_action(args, state, batch.next_obs, args.target_samples, key)
+    next_q = q_values(state.critics_target, batch.next_obs, next_act[:, None])
+    discount = args.gamma * (1 - batch.terminated[:, None])
+    target = args.reward_scale * batch.reward[:, None] + discount * next_q.min(axis=0)
+
+    def critic_loss(critics):
+        q = q_values(critics, batch.obs, batch.act[:, None])  # [2, B, 1]
+        return jnp.mean((q - target) ** 2, axis=(1, 2)).sum()
+
+    critics = state.critics
+    opt = state.critics_opt
+    for _ in range(args.critic_steps):
+        loss, grads = jax.value_and_grad(critic_loss)(critics)
+        updates, opt = critic_optimiser(args).update(grads, opt)
+        critics = optax.apply_updates(critics, updates)
+    critics_target = optax.incremental_update(critics, state.critics_target, args.tau)
+
+    metrics = {
+        "q": target.mean(),
+        "critic_loss": loss,
+        "critic_grad_norm": optax.tree.norm(grads),
+    }
+    state = state._replace(
+        critics=critics,
+        critics_target=critics_target,
+        critics_opt=opt,
+    )
+    return state, metrics
 
 
 def matching_loss(theta, args, obs, a0, w, key):
-    """Reweighted matching, eq. (7), at uniform t: obs [B, o], a0 [B, N, d], w [B, N]."""
+    """Reweighted matching, eq. (7), t uniform: obs [B, o], a0 [B, N, d], w [B, N]."""
     k_t, k_noise = jax.random.split(key)
     t = jax.random.randint(k_t, w.shape, 0, args.diffusion_steps)
-    alpha_bar = jnp.asarray(cosine_alpha_bar(args.diffusion_steps), jnp.float32)[t][..., None]
-    alpha, sigma = jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
     noise = jax.random.normal(k_noise, a0.shape)
-    velocity = policy_velocity(theta, obs, args.diffusion_steps)(alpha * a0 + sigma * noise, t)
-    error = (velocity - (alpha * noise - sigma * a0)) ** 2
-    return jnp.mean(w * jnp.sum(jnp.minimum(error, args.error_bound), axis=-1))
+    alpha, sigma = jnp.float32(schedule(args.diffusion_steps))[:, t][..., None]
+
+    a_t = alpha * a0 + sigma * noise
+    velocity = policy_velocity(theta, obs, args.diffusion_steps)(a_t, t)
+    error = (velocity - to_velocity(a0, noise, alpha, sigma)) ** 2
+    # differs from paper: bounds what w < 0 can gain by pushing away (2)
+    error = jnp.minimum(error, args.error_bound)
+    return jnp.mean(w * jnp.sum(error, axis=-1))
 
 
 def update_policy(args, state, obs, key):
-    """Samples of pi_old, their weights, lam by its dual, and matching -> state, metrics."""
+    """Algorithm 1 at states obs [B, o] -> state, metrics."""
     k_sample, k_noise, k_loss = jax.random.split(key, 3)
+
+    # Stage I: samples of pi_old and their weights under the signed target measure
     a0 = sample_actions(args, state.theta_old, obs, args.num_samples, k_sample)
     spread = a0.std(axis=1).mean()
+    # differs from paper: noise on the samples (2)
     a0 += noise_std(args, state.step) * jax.random.normal(k_noise, a0.shape)
     q = q_values(state.critics_target, obs, a0).min(axis=0)  # [B, N]
     w = weights(args, q, jnp.exp(state.log_lam))
-    log_lam, kl = update_lam(state.log_lam, q, args.eps_kl)
-    loss, grads = jax.value_and_grad(matching_loss)(state.theta, args, obs, a0, w, k_loss)
-    updates, opt = optimisers(args)[0].update(grads, state.theta_opt)
+    log_lam, kl = update_lam(state.log_lam, q, args.kl_bound)
+
+    # Stage II: the policy is matched to the weighted samples
+    loss_and_grad = jax.value_and_grad(matching_loss)
+    loss, grads = loss_and_grad(state.theta, args, obs, a0, w, k_loss)
+    updates, opt = policy_optimiser(args).update(grads, state.theta_opt)
     theta = optax.apply_updates(state.theta, updates)
-    old = optax.incremental_update(theta, state.theta_old, args.tau)
-    ess = jnp.sum(jnp.abs(w), axis=-1) ** 2 / jnp.maximum(jnp.sum(w**2, axis=-1), 1e-30)
-    metrics = {"policy_loss": loss, "policy_grad_norm": optax.tree.norm(grads), "kl": kl}
-    metrics |= {"lam": jnp.exp(log_lam), "ess": ess.mean(), "spread": spread}
-    metrics |= {"w_max": w.max(), "w_negative": jnp.mean(w < 0)}
-    return state._replace(theta=theta, theta_old=old, theta_opt=opt, log_lam=log_lam), metrics
+    # differs from paper: pi_old follows slowly (1)
+    theta_old = optax.incremental_update(theta, state.theta_old, args.tau)
+
+    w_squares = jnp.maximum(jnp.sum(w**2, axis=-1), 1e-30)
+    metrics = {
+        "policy_loss": loss,
+        "policy_grad_norm": optax.tree.norm(grads),
+        "kl": kl,
+        "lam": jnp.exp(log_lam),
+        "ess": jnp.mean(jnp.sum(jnp.abs(w), axis=-1) ** 2 / w_squares),
+        "spread": spread,
+        "w_max": w.max(),
+        "w_negative": jnp.mean(w < 0),
+    }
+    state = state._replace(
+        theta=theta,
+        theta_old=theta_old,
+        theta_opt=opt,
+        log_lam=log_lam,
+    )
+    return state, metrics
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def update(args, with_policy, state, batch, key):
-    """One iteration of Algorithm 1 on replay rows [B, 2 o + d + 2] -> state, metrics {name: []}.
-    The state passed in is donated: its arrays must not be used afterwards."""
-    d = state.theta["net"][-1]["b"].shape[0]
-    o = (batch.shape[-1] - d - 2) // 2
-    obs, next_obs, act, reward, terminated = jnp.split(batch, np.cumsum([o, o, d, 1]), axis=-1)
+    """One iteration of Algorithm 1 -> state, metrics {name: []}. `state` is donated."""
     k_next, k_policy = jax.random.split(jax.random.fold_in(key, state.step))
-
-    next_act = best_action(args, state, next_obs, args.target_samples, k_next)
-    next_q = q_values(state.critics_target, next_obs, next_act[:, None]).min(axis=0)
-    target = args.reward_scale * reward + args.gamma * (1 - terminated) * next_q  # [B, 1]
-
-    def critic_loss(critics):
-        q = q_values(critics, obs, act[:, None])  # [2, B, 1]
-        return jnp.mean((q - target) ** 2, axis=(1, 2)).sum()
-
-    critics, critics_opt = state.critics, state.critics_opt
-    for _ in range(args.critic_steps):
-        loss, grads = jax.value_and_grad(critic_loss)(critics)
-        updates, critics_opt = optimisers(args)[1].update(grads, critics_opt)
-        critics = optax.apply_updates(critics, updates)
-    critics_target = optax.incremental_update(critics, state.critics_target, args.tau)
-    metrics = {"q": target.mean(), "critic_loss": loss, "critic_grad_norm": optax.tree.norm(grads)}
-    state = state._replace(critics=critics, critics_target=critics_target, critics_opt=critics_opt)
+    state, metrics = update_critics(args, state, batch, k_next)
     if with_policy:  # every policy_delay updates
-        state, policy_metrics = update_policy(args, state, obs, k_policy)
+        state, policy_metrics = update_policy(args, state, batch.obs, k_policy)
         metrics |= policy_metrics
     return state._replace(step=state.step + 1), metrics
 
 
-# ---- environments and replay -------------------------------------------------------------------
-class Checked(gym.Wrapper):
-    """Takes actions in [-1, 1] and returns fresh float32 arrays, for an environment may reuse its
-    own. A simulation that blew up, which MuJoCo starts again without a word, is truncated: its last
-    state follows itself with reward 0, and so bootstraps."""
+# ---- environments and replay ---------------------------------------------------------
+class Rescaled(gym.Wrapper):
+    """Takes actions in [-1, 1] and returns every observation as a new float32 array."""
 
-    def __init__(self, env, index):
+    def __init__(self, env):
         super().__init__(env)
-        obs, act, self.index, self.steps = env.observation_space, env.action_space, index, 0
-        self.data = env.unwrapped.data if hasattr(env.unwrapped, "mujoco_renderer") else None
-        if self.data and env.unwrapped.model.ncam:
-            env.unwrapped.mujoco_renderer.camera_id = 0  # follows; Gymnasium 1.4's own does not
-        flat = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (obs, act))
-        bound = np.abs([act.low, act.high]).max(initial=0) if flat else np.inf  # dm_control's: 1e10
-        if not (flat and act.dtype.kind == "f" and act.shape[0] and bound < 1e10):
-            env.close()
-            fail(f"needs flat spaces and bounded actions, not {obs}, {act}; see FlattenObservation")
+        obs = env.observation_space
+        act = env.action_space
+        if not isinstance(obs, Box) or len(obs.shape) != 1:
+            raise ValueError(f"{obs} is not flat; wrap the environment")
+        if not isinstance(act, Box) or act.dtype.kind != "f" or not act.is_bounded():
+            raise ValueError(f"{act} is not continuous and bounded")
+        self.observation_space = Box(-np.inf, np.inf, obs.shape)
+        self.action_space = Box(-1, 1, act.shape)
 
-    def read(self, name, value, shape):
-        value = np.array(value, np.float64)
-        if value.shape != shape or not (abs(value) <= np.finfo(np.float32).max).all():
-            what = "not finite in float32" if value.shape == shape else f"of shape {value.shape}"
-            fail(f"{name} of environment {self.index} after {self.steps} steps is {what}", 1)
-        return value.astype(np.float32)
+    def action(self, a0):
+        """a0 [d], clipped to [-1, 1], in the units of the environment."""
+        space = self.env.action_space
+        action = space.low + (a0 + 1) / 2 * (space.high - space.low)
+        return np.clip(action, space.low, space.high).astype(space.dtype)
 
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            np.random.seed(seed)  # some environments draw from numpy's global generator
-        obs, _ = self.env.reset(seed=seed, options=options)
-        self.obs = self.read("first observation", obs, self.observation_space.shape)
-        return self.obs, {}
+    def reset(self, **options):
+        obs, _ = self.env.reset(**options)
+        return np.array(obs, np.float32), {}
 
     def step(self, a0):
-        self.steps, space = self.steps + 1, self.env.action_space
-        a0 = self.read("action", a0, space.shape).astype(space.dtype)
-        action = np.clip(space.low + (a0 + 1) / 2 * (space.high - space.low), space.low, space.high)
-        before = self.data.time if self.data else None
-        obs, reward, terminated, truncated, _ = self.env.step(action)
-        if self.data and self.data.time <= before:
-            print("warning: episode cut off: the simulation is unstable", file=sys.stderr)
-            return self.obs, 0.0, False, True, {}
-        self.obs = self.read("observation", obs, self.observation_space.shape)
-        reward = self.read("reward", reward[0] if np.shape(reward) == (1,) else reward, ())
-        return self.obs, float(reward), bool(terminated), bool(truncated), {}
+        obs, reward, terminated, truncated, _ = self.env.step(self.action(a0))
+        reward = np.asarray(reward).item()  # some environments return [1]
+        return np.array(obs, np.float32), reward, bool(terminated), bool(truncated), {}
 
 
-def landscape(args, v, stock):
-    """--reward at the speed v, m/s. dm_control's own is u in cheetah-run and in walker-run
-    stand (5 u + 1) / 6, where f(u) takes the place of u."""
+def landscape(args, speed, stock):
+    """--reward at a speed in m/s, in the place of dm_control's own reward `stock`.
+
+    That is u = speed / v* in cheetah-run and stand (5 u + 1) / 6 in walker-run."""
     if args.reward == "stock":
         return stock
-    top = TOP_SPEED[args.env_id]
-    u = min(max(v / top, 0.0), 1.0)  # differs from paper: |v - v*| as printed falls with speed
-    f = {"sqrt": u**0.5, "linear": u, "square": u**2, "exp": math.exp(top * u - top)}[args.reward]
-    return f if args.domain == "cheetah" else stock * (5 * f + 1) / (5 * u + 1)
+    top_speed = TOP_SPEED[args.env_id]
+    # differs from paper: |v - v*| as printed falls with speed (7)
+    u = np.clip(speed / top_speed, 0.0, 1.0)
+    shape = {
+        "sqrt": np.sqrt(u),
+        "linear": u,
+        "square": u**2,
+        "exp": np.exp(top_speed * (u - 1)),
+    }[args.reward]
+    if args.domain == "cheetah":
+        return shape
+    return stock * (5 * shape + 1) / (5 * u + 1)
 
 
 class DMControl(gym.Env):
-    """A dm_control task; observations join its dict in its own order. A PhysicsError truncates: the
-    last state known follows itself, with reward 0, and so bootstraps."""
+    """A dm_control task with flat observations. A PhysicsError truncates the episode:
+    the last observation follows itself with reward 0, and so bootstraps."""
 
     def __init__(self, args):
-        from dm_control import suite  # only now, for it reads MUJOCO_GL
+        from dm_control import suite  # reads MUJOCO_GL when it is imported
 
-        self.env = suite.load(args.domain, args.task, environment_kwargs={"flat_observation": True})
-        self.args, act, physics = args, self.env.action_spec(), self.env.physics
-        self.action_space = gym.spaces.Box(act.minimum, act.maximum, dtype=np.float64)
-        obs = self.env.observation_spec()["observations"]
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape)
-        name = "horizontal_velocity" if args.domain == "walker" else "speed"
-        self.speed = getattr(physics, name, lambda: 0.0)
+        self.args = args
+        flat = {"flat_observation": True}
+        self.env = suite.load(args.domain, args.task, environment_kwargs=flat)
         self.metadata = {"render_fps": round(1 / self.env.control_timestep())}
+        name = "horizontal_velocity" if args.domain == "walker" else "speed"
+        self.speed = getattr(self.env.physics, name, lambda: 0.0)
+        spec = self.env.action_spec()
+        obs = self.env.observation_spec()["observations"]
+        self.action_space = Box(spec.minimum, spec.maximum, dtype=np.float64)
+        self.observation_space = Box(-np.inf, np.inf, obs.shape)
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
@@ -446,260 +576,364 @@ class DMControl(gym.Env):
             return self.obs, 0.0, False, True, {}
         self.obs = now.observation["observations"]
         reward = landscape(self.args, float(self.speed()), now.reward)
-        terminated = now.last() and now.discount == 0  # a time limit leaves it at 1
+        terminated = now.last() and now.discount == 0  # 1 at a time limit
         return self.obs, reward, terminated, now.last() and not terminated, {}
 
     def render(self):
         return self.env.physics.render(480, 480, camera_id=0)
 
 
-def make_env(args, index, film):
-    return Checked(DMControl(args), index)
+def make_env(args, film=False):  # dm_control can always film
+    return gym.wrappers.RecordEpisodeStatistics(Rescaled(DMControl(args)))
 
 
-def make_envs(args, evaluation=False):
-    """Environments stepped in turn, to train or evaluate. A step that ends an episode returns the
-    next one's first observation; its own last one is in infos["final_obs"]."""
-    film = {"render_mode": "rgb_array"} if evaluation and args.capture_video else {}
-    count = args.eval_episodes if evaluation else args.num_envs
-    thunks = [functools.partial(make_env, args, i, film if i == 0 else {}) for i in range(count)]
+def make_envs(args, count, film=False):
+    """Environments stepped in turn, the first one able to film. A step that ends an
+    episode returns the next one's first observation; its own last one is in infos."""
+    thunks = [functools.partial(make_env, args)] * count
+    thunks[0] = functools.partial(make_env, args, film)
+    same_step = gym.vector.AutoresetMode.SAME_STEP
     try:
-        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    except (gym.error.Error, ImportError, RuntimeError, TypeError, ValueError) as error:
-        fail(f"cannot make the environment{' for --capture-video' if film else ''}: {error}")
+        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=same_step)
+    except Exception as error:  # a constructor can raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SystemExit(f"error: cannot make {args.env_id}: {reason}") from None
 
 
-class Replay:
-    """The last buffer_size transitions [obs | next_obs | act | reward | terminated], in a file of
-    twice that, so that a resumed run finds every row it may still sample."""
-
-    def __init__(self, args, path, width, written):
-        rows = min(2 * args.buffer_size, args.total_timesteps) + args.num_envs
-        try:
-            if not written:  # a disk too full is known now, not in hours
-                np.zeros((rows, width), np.float32).tofile(path)
-            self.rows = np.memmap(path, np.float32, "r+", shape=(rows, width))
-        except (OSError, MemoryError) as error:
-            fail(f"no replay {path}, {rows * width * 4e-9:.2f} GB (none once complete): {error}")
-        self.limit, self.written = args.buffer_size, written
-
-    def add(self, *columns):
-        rows = np.concatenate([x.reshape(len(x), -1) for x in columns], axis=1)
-        self.rows[(self.written + np.arange(len(rows))) % len(self.rows)] = rows
-        self.written += len(rows)
-
-    def sample(self, rng, batch_size):
-        age = rng.integers(min(self.written, self.limit), size=batch_size)
-        return self.rows[(self.written - 1 - age) % len(self.rows)]
+def require_finite(step, **arrays):
+    """Ends the run where an array is not finite in float32."""
+    for name, array in arrays.items():
+        if not np.isfinite(np.float32(array)).all():
+            print(f"error: {name} is not finite at step {step}", file=sys.stderr)
+            raise SystemExit(DIVERGED)
 
 
-# ---- evaluation and checkpoints ----------------------------------------------------------------
-def evaluate(args, envs, state, key, step, run_dir, stop):
-    """An episode of each environment, best of N, the same starts every time, the first one filmed.
-    -> rows [E, 4] of eval.csv: step, episode, return, length. Exits once `stop` is not empty."""
-    (obs, _), count, film = envs.reset(seed=2**31), envs.num_envs, None  # training: below 2**30
-    returns, lengths, running = np.zeros(count), np.zeros(count), np.ones(count, bool)
-    for t in range(EPISODE_LIMIT):
-        try:
-            if t == 0 and args.capture_video:
-                fps = envs.envs[0].metadata.get("render_fps", 30)
-                film = imageio.get_writer(run_dir / f"film-{step}.mp4", fps=fps)
-            if film and running[0]:
-                film.append_data(envs.envs[0].render())
-        except Exception as error:  # of a driver, an encoder, a full disk
-            if t == 0 and (step == 0 or args.evaluate):  # before any training
-                fail(f"--capture-video: {type(error).__name__}: {error}")
-            print(f"warning: no film: {error}", file=sys.stderr)
-            film = None
-        a0 = best_action(args, state, obs, args.num_samples, key, t)
-        obs, reward, terminated, truncated, _ = envs.step(np.asarray(a0))
-        returns, lengths = returns + reward * running, lengths + running
+def open_replay(args, path, obs_dim, act_dim, mode):
+    """The last buffer_size transitions, as rows of a file, with the fields of Batch."""
+    fields = [
+        ("obs", np.float32, obs_dim),
+        ("next_obs", np.float32, obs_dim),
+        ("act", np.float32, act_dim),
+        ("reward", np.float32),
+        ("terminated", np.float32),
+    ]
+    return np.memmap(path, fields, mode, shape=args.buffer_size)
+
+
+def add_transitions(replay, step, batch):
+    """Writes a transition of each environment, `step` having been made before."""
+    index = (step + np.arange(len(batch.reward))) % len(replay)
+    for name, values in batch._asdict().items():
+        replay[name][index] = values
+
+
+def sample_batch(replay, step, rng, batch_size):
+    rows = replay[rng.integers(min(step, len(replay)), size=batch_size)]
+    return Batch(*(rows[name] for name in Batch._fields))
+
+
+# ---- evaluation and checkpoints ------------------------------------------------------
+def evaluate(args, envs, state, key, run_dir, step, table="eval.csv"):
+    """An episode of every environment, best of N, from the same starts every time.
+
+    Adds a row of `table` for each and films the first one -> returns [E]."""
+    obs, _ = envs.reset(seed=EVAL_SEED)
+    returns = np.zeros(envs.num_envs)
+    lengths = np.zeros(envs.num_envs, int)
+    running = np.ones(envs.num_envs, bool)
+    frames = []
+    for t in range(EVAL_STEPS):
+        if args.capture_video and running[0]:
+            frames.append(envs.envs[0].render())
+        a0 = np.asarray(best_action(args, state, obs, args.num_samples, key, t))
+        obs, reward, terminated, truncated, _ = envs.step(a0)
+        require_finite(step, action=a0, observation=obs, reward=reward)
+        returns += reward * running
+        lengths += running
         running &= ~(terminated | truncated)
-        if stop:
-            sys.exit(128 + stop[0])
         if not running.any():
             break
-    if film:
-        film.close()
-    return np.column_stack([np.full(count, step), np.arange(count), returns, lengths])
+    if args.capture_video:
+        fps = envs.envs[0].metadata.get("render_fps", 30)
+        imageio.mimsave(run_dir / f"film-{step}.mp4", frames, fps=fps)
+    write_rows(run_dir / table, step, returns, lengths)
+    return returns
 
 
-def write_rows(path, rows):
-    """Adds an evaluation to a CSV file, in the place of rows from its step on -> its summary."""
-    old = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2) if path.exists() else rows[:0]
-    both, header = np.concatenate([old[old[:, 0] < rows[0, 0]], rows]), "step,episode,return,length"
-    np.savetxt(path.with_suffix(".tmp"), both, "%d,%d,%.6f,%d", header=header, comments="")
+def write_rows(path, step, returns, lengths):
+    """Adds an evaluation to a CSV file; rows of this step and later ones leave."""
+    rows = ["step,episode,return,length"]
+    if path.exists():
+        for row in path.read_text().splitlines()[1:]:
+            if int(row.split(",")[0]) < step:
+                rows.append(row)
+    for i in range(len(returns)):
+        rows.append(f"{step},{i},{returns[i]:.9g},{lengths[i]}")
+    path.with_suffix(".tmp").write_text("\n".join(rows) + "\n")
     path.with_suffix(".tmp").replace(path)
-    return f"step {rows[0, 0]:.0f}: return {rows[:, 2].mean():.1f} +- {rows[:, 2].std():.1f}"
+
+
+def named_leaves(tree):
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def save(path, state, step):
-    """Plain arrays, atomically: a run killed while it saves keeps its last checkpoint."""
-    leaves = {jax.tree_util.keystr(k): np.asarray(x) for k, x in jax.tree.leaves_with_path(state)}
-    np.savez(path.with_suffix(".tmp.npz"), **leaves, env_step=step)
-    path.with_suffix(".tmp.npz").replace(path)
+    """Plain arrays; a run killed while it saves keeps its last checkpoint."""
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, **jax.device_get(named_leaves(state)), env_step=step)
+    temporary.replace(path)
 
 
-def load(path, template):
-    """-> state with the tree and shapes of `template`, environment step."""
-    names = [jax.tree_util.keystr(k) for k, _ in jax.tree.leaves_with_path(template)]
+def load(path, state):
+    """-> state, environment step. Of a shipped checkpoint, which holds only what plays,
+    all else stays as it is in `state`."""
+    with np.load(path) as file:
+        arrays = named_leaves(state) | dict(file)
+    leaves = [jnp.asarray(arrays[name]) for name in named_leaves(state)]
+    tree = jax.tree.structure(state)
+    return jax.tree.unflatten(tree, leaves), int(arrays["env_step"])
+
+
+def load_policy(run_dir):
+    """A trained policy: act(obs [o]) -> action [d] in the units of the environment."""
+    args = read_args(run_dir)
+    env = make_env(args)
+    key = jax.random.key(args.seed)
+    state = init_state(args, *env.observation_space.shape, *env.action_space.shape, key)
+    state, _ = load(Path(run_dir) / "checkpoint.npz", state)
+
+    def act(obs):
+        obs = np.array([obs], np.float32)
+        a0 = best_action(args, state, obs, args.num_samples, key)
+        return env.get_wrapper_attr("action")(np.asarray(a0)[0])
+
+    return act
+
+
+# ---- main ----------------------------------------------------------------------------
+def read_args(folder):
+    """The flags of a run, from its folder."""
     try:
-        with np.load(path) as file:
-            arrays, step = [file[name] for name in names], int(file["env_step"])
-        if [x.shape for x in arrays] != [x.shape for x in jax.tree.leaves(template)]:
-            raise ValueError("its networks have other sizes")
-        return jax.device_put(jax.tree.unflatten(jax.tree.structure(template), arrays)), step
-    except Exception as error:  # a damaged file can raise anything
-        fail(f"no usable checkpoint in {path}: {error}")
-
-
-# ---- main --------------------------------------------------------------------------------------
-def fail(message, code=2):
-    """One line, and an exit code: 2 for bad usage, 1 for a run that cannot go on."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(code)
+        saved = json.loads((Path(folder) / "args.json").read_text())
+    except (OSError, ValueError):
+        raise SystemExit(f"error: {folder} is no run folder") from None
+    differing = set(saved) ^ set(vars(Args()))
+    if differing:
+        versions = json.loads((Path(folder) / "versions.json").read_text())
+        raise SystemExit(
+            f"error: {folder} was made by commit {versions['commit']}, which differs"
+            f" in these flags: {', '.join(sorted(differing))}"
+        )
+    return Args(**saved)
 
 
 def parse_args():
-    """-> args, and the folder of --resume or --evaluate, whose flags are then the defaults."""
-    args = tyro.cli(Args)
-    if not (folder := args.resume or args.evaluate):
-        return args, None
-    try:
-        saved = Args(**json.loads((Path(folder) / "args.json").read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        fail(f"{folder} is no run folder: {error}")
-    args = tyro.cli(Args, default=saved)
-    free = "resume capture_video track eval_every eval_episodes checkpoint_every".split()
-    for name, value in vars(saved).items() if args.resume else ():
-        if getattr(args, name) != value and name not in free:
-            fail(f"--{name.replace('_', '-')} must stay {value}: the run and its schedules need it")
-    if not os.access(folder, os.W_OK):
-        fail(f"{folder} is read-only")
-    return args, Path(folder)
+    """The command line; beside --resume or --evaluate the flags of that run hold."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    parser.add_argument("--evaluate")
+    folders, others = parser.parse_known_args()
+    if folders.resume and not {"--track", "--capture-video"}.issuperset(others):
+        raise SystemExit(
+            "error: --resume takes only --track and --capture-video beside it"
+        )
+    folder = folders.resume or folders.evaluate
+    default = read_args(folder) if folder else Args()
+    return tyro.cli(Args, default=default)
 
 
-def create_run_dir(args, suffix=""):
-    """A folder that no other run has, with args.json and versions.json."""
-    name = f"{args.env_id}__simpo_dmc__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}{suffix}"
-    run_dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        if isinstance(error, FileExistsError) and not args.run_dir:
-            return create_run_dir(args, f"{suffix}+")
-        fail(f"--run-dir {run_dir}: {error.strerror}; --resume goes on with a run")
-    packages = "jax", "optax", "numpy", "gymnasium", "mujoco", "dm_control"
-    versions = {x: version(x) for x in packages}
-    versions["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+def make_run_dir(args, name):
+    """A new folder, runs/{name}__{time} or --run-dir, for the files of a run."""
+    default = f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.run_dir or default)
+    for count in itertools.count(2):
+        try:
+            run_dir.mkdir(parents=True)
+            break
+        except OSError as error:
+            if args.run_dir or not isinstance(error, FileExistsError):
+                raise SystemExit(
+                    f"error: --run-dir {run_dir}: {error.strerror}"
+                ) from None
+            run_dir = Path(f"{default}-{count}")  # two runs started in one second
+
+    here = Path(__file__).parent
+    status, commit = subprocess.getstatusoutput(f"git -C '{here}' rev-parse HEAD")
+    versions = {package: version(package) for package in PACKAGES}
+    versions["commit"] = commit if status == 0 else None
+    versions["devices"] = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
     (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
     (run_dir / "versions.json").write_text(json.dumps(versions, indent=2))
     return run_dir
 
 
-def train(args, run_dir, envs, replay, state, keys, step, stop):
-    """The loop of Algorithm 1. At each checkpoint new episodes begin and the generator is seeded
-    anew, as in a run resumed from there, so that the two are equal bit for bit."""
-    k_act, k_update, k_eval = keys
-    devices = jax.devices()  # a batch is split over all cores, or stays on one GPU
-    count = math.gcd(len(devices), args.batch_size) if devices[0].platform == "cpu" else 1
-    mesh = jax.sharding.Mesh(np.array(devices[:count]), ("batch",))
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+def use_all_cores():
+    """Makes an XLA device of every core, since XLA threads one CPU device badly."""
+    if jax.config.jax_num_cpu_devices > 0:
+        return  # chosen by the user
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # Linux: the cores that this process may use
+        cores = len(os.sched_getaffinity(0))
+    jax.config.update("jax_num_cpu_devices", cores)
+
+
+def shardings(args):
+    """A state lies whole on every device; a batch is split over those of a CPU."""
+    devices = jax.devices()
+    on_cpu = devices[0].platform == "cpu"
+    count = math.gcd(len(devices), args.batch_size) if on_cpu else 1
+    mesh = jax.sharding.Mesh(devices[:count], "batch")
+    whole = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec("batch"))
-    print(f"run folder {run_dir}, on {count} x {devices[0].device_kind}", flush=True)
-    if args.track:
-        import wandb
+    return whole, split
 
-        wandb.init(project="simpo", id=run_dir.name, resume="allow", sync_tensorboard=True)
-    log = SummaryWriter(str(run_dir), purge_step=step + 1)
-    log.add_text("args", "\n".join(f"    {name}: {x}" for name, x in vars(args).items()))
-    bar, clock, speed, first = tqdm(disable=True), None, "", True
-    start = updates = int(state.step)
-    while True:
-        done = step >= args.total_timesteps
-        evaluation_due = done or step % args.eval_every < args.num_envs
-        if first or stop or evaluation_due or step % args.checkpoint_every < args.num_envs:
-            replay.rows.flush()
-            save(run_dir / "checkpoint.npz", state, step)
-            if stop:
-                sys.exit(128 + stop[0])
-            if evaluation_due:
-                with contextlib.closing(make_envs(args, evaluation=True)) as others:
-                    rows = evaluate(args, others, state, k_eval, step, run_dir, stop)
-                bar.write(write_rows(run_dir / "eval.csv", rows) + speed)
-                log.add_scalar("charts/eval_return", rows[:, 2].mean(), step)
-            if done:
-                break
-            rng = np.random.default_rng([args.seed, step])
-            (obs, _), returns, first = envs.reset(seed=int(rng.integers(2**30))), 0.0, False
 
-        # act and update; the device goes on with the update while the environments step
-        learning = step >= args.learning_starts
-        if learning:
-            if updates == start:
-                bar.write("compiling, which takes a minute; Ctrl-C is answered after it")
-            a0 = best_action(args, state, obs, args.act_samples, k_act, step, noisy=True)
-            batch = jax.device_put(replay.sample(rng, args.batch_size), split)
-            with_policy = updates % args.policy_delay == 0
-            state, metrics = update(args, with_policy, state, batch, k_update)
-            updates, a0 = updates + 1, np.asarray(a0)
-        else:
-            a0 = rng.uniform(-1, 1, envs.action_space.shape).astype(np.float32)
-        next_obs, reward, terminated, truncated, infos = envs.step(a0)
-        last_obs, returns, step = next_obs.copy(), returns + reward, step + args.num_envs
-        for i in np.flatnonzero(terminated | truncated):
-            last_obs[i] = infos["final_obs"][i]
-            log.add_scalar("charts/episodic_return", returns[i], step)
-            returns[i] = 0
-        replay.add(obs, last_obs, a0, reward, terminated)  # truncation bootstraps: not stored
-        obs = next_obs
-        bar.update(args.num_envs)
-
-        if learning and updates - start == args.policy_delay:  # all is compiled
-            bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
-            clock, clock_step = time.time(), step
-        elif clock and with_policy and (updates - 1) % (200 * args.policy_delay) == 0:
-            for name, value in metrics.items():  # reading one waits for the device
-                log.add_scalar(f"losses/{name}", float(value), step)
-                if not math.isfinite(value) or name.endswith("grad_norm") and value > 1e6:
-                    fail(f"diverged: {name} is {value:.3g} at step {step}", 1)
-            sps = (step - clock_step) / (time.time() - clock)
-            log.add_scalar("charts/SPS", sps, step)
-            hours, first_time = (args.total_timesteps - step) / sps / 3600, not speed
-            speed = f", {sps:.0f} steps a second, {hours:.1f} hours left"
-            if first_time:
-                bar.write(f"step {step}{speed}")
-    log.close()
-    Path(replay.rows.filename).unlink()  # only a resumed run needs it
+def lock(run_dir):
+    """Ends this process if another one trains in the folder."""
+    file = (run_dir / "args.json").open()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"error: another process trains in {run_dir}") from None
+    return file  # the lock is held while this file is open
 
 
 def main():
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head ends quietly
-    jax.config.update("jax_enable_x64", False)
-    jax.config.update("jax_default_matmul_precision", "float32")  # a GPU would keep ten bits
-    if jax.config.jax_num_cpu_devices < 0:  # XLA threads one CPU device badly: make one a core
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-        jax.config.update("jax_num_cpu_devices", cores)
-    args, run_dir = parse_args()
-    if args.capture_video and sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
-    stop, step = [], 0
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: stop.append(signum))
-    with contextlib.closing(make_envs(args, evaluation=bool(args.evaluate))) as envs:
-        k_init, *keys = jax.random.split(jax.random.key(args.seed), 4)
-        (o,), (d,) = envs.single_observation_space.shape, envs.single_action_space.shape
-        state = init_state(args, o, d, k_init)
-        if args.evaluate:  # a checkpoint may lack what only training needs
-            state = State(state.theta_old, state.critics, state.step)
-        if run_dir:
-            state, step = load(run_dir / "checkpoint.npz", state)
-        if not args.evaluate:
-            run_dir = run_dir or create_run_dir(args)
-            replay = Replay(args, run_dir / "replay.dat", 2 * o + d + 2, step)
-            return train(args, run_dir, envs, replay, state, keys, step, stop)
-        rows = evaluate(args, envs, state, keys[2], step, run_dir, stop)
-    print(write_rows(run_dir / "evaluate.csv", rows))
+    # --- Flags and devices ---
+    sys.path.append(os.getcwd())  # where --env-id module:Name-v0 looks too
+    os.environ.setdefault("MUJOCO_GL", "egl")  # films without a screen
+    jax.config.update("jax_default_matmul_precision", "float32")
+    use_all_cores()
+    args = parse_args()
+    whole, split = shardings(args)
+    if args.track:
+        import wandb
+
+    # --- Environments and state ---
+    eval_envs = make_envs(args, args.eval_episodes, film=args.capture_video)
+    obs_dim = eval_envs.single_observation_space.shape[0]
+    act_dim = eval_envs.single_action_space.shape[0]
+    k_init, k_act, k_update, k_eval = jax.random.split(jax.random.key(args.seed), 4)
+    state = init_state(args, obs_dim, act_dim, k_init)
+    step = 0
+    if args.resume or args.evaluate:
+        run_dir = Path(args.resume or args.evaluate)
+        state, step = load(run_dir / "checkpoint.npz", state)
+    else:
+        run_dir = make_run_dir(
+            args, f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
+        )
+
+    # --- Nothing to train ---
+    if args.evaluate:
+        returns = evaluate(
+            args, eval_envs, state, k_eval, run_dir, step, "evaluate.csv"
+        )
+        print(f"step {step}: return {returns.mean():.1f} +- {returns.std():.1f}")
+        print(f"evaluate.csv and films are in {run_dir}")
+        return
+    if args.resume and not (run_dir / "replay.dat").exists():
+        what = "is complete" if step >= args.total_timesteps else "has no replay"
+        print(f"{run_dir} {what}: it only plays, with --evaluate")
+        return
+
+    # --- Replay ---
+    _lock = lock(run_dir)
+    mode = "r+" if args.resume else "w+"
+    replay = open_replay(args, run_dir / "replay.dat", obs_dim, act_dim, mode)
+    state = jax.device_put(state, whole)
+
+    # --- Logging ---
+    stopped = f"stopped; continue with --resume {run_dir}"
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(stopped))  # Ctrl-C
+    if args.track:
+        wandb.init(
+            project="simpo",
+            id=run_dir.name,
+            resume="allow",
+            config=vars(args),
+            sync_tensorboard=True,
+        )
+    writer = SummaryWriter(str(run_dir), purge_step=step + 1)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
+    bar.write(f"run folder {run_dir}, on {split.num_devices} x {jax.devices()[0]}")
+    recent = []  # returns of training episodes
+    metrics = {}
+    timer = None  # when the last losses were logged
+
+    # --- Start the episodes; those of a resumed run are new ---
+    envs = make_envs(args, args.num_envs)
+    rng = np.random.default_rng([args.seed, step])
+    obs, _ = envs.reset(seed=int(rng.integers(EVAL_SEED)))
+    updates = int(state.step)
+
+    while True:
+        # --- Save and evaluate ---
+        done = step >= args.total_timesteps
+        if done or step % args.eval_every < args.num_envs:
+            replay.flush()
+            save(run_dir / "checkpoint.npz", state, step)
+            returns = evaluate(args, eval_envs, state, k_eval, run_dir, step)
+            writer.add_scalar("charts/eval_return", returns.mean(), step)
+            training = np.mean(recent[-20:] or [np.nan])
+            bar.write(
+                f"step {step}: return {returns.mean():.1f} +- {returns.std():.1f},"
+                f" of training episodes {training:.1f}"
+            )
+            timer = None
+        if done:
+            break
+
+        # --- Act, and update while the environments step ---
+        learning = step >= args.learning_starts
+        if learning:
+            std = noise_std(args, updates)
+            a0 = best_action(args, state, obs, args.act_samples, k_act, step, std)
+            batch = jax.device_put(
+                sample_batch(replay, step, rng, args.batch_size), split
+            )
+            with_policy = updates % args.policy_delay == 0
+            state, new_metrics = update(args, with_policy, state, batch, k_update)
+            metrics |= new_metrics
+            updates += 1
+            a0 = np.asarray(a0)
+        else:
+            a0 = rng.uniform(-1, 1, (args.num_envs, act_dim)).astype(np.float32)
+
+        # --- Step the environments ---
+        next_obs, reward, terminated, truncated, infos = envs.step(a0)
+        last_obs = next_obs.copy()
+        for i in np.flatnonzero(terminated | truncated):
+            last_obs[i] = infos["final_obs"][i]
+            episode = infos["final_info"]["episode"]
+            recent.append(episode["r"][i])
+            writer.add_scalar("charts/episodic_return", episode["r"][i], step)
+            writer.add_scalar("charts/episodic_length", episode["l"][i], step)
+        require_finite(step, action=a0, observation=last_obs, reward=reward)
+        add_transitions(replay, step, Batch(obs, last_obs, a0, reward, terminated))
+        obs = next_obs
+        step += args.num_envs
+        bar.update(args.num_envs)
+
+        # --- Log, once both programs of update are compiled ---
+        if updates > args.policy_delay and step % LOG_EVERY < args.num_envs:
+            metrics = jax.device_get(metrics)
+            require_finite(step, **metrics)
+            for name, value in metrics.items():
+                writer.add_scalar(f"losses/{name}", value, step)
+            if timer:
+                sps = LOG_EVERY / (time.time() - timer)
+                writer.add_scalar("charts/SPS", sps, step)
+            timer = time.time()
+            bar.set_postfix(training_return=np.mean(recent[-20:] or [np.nan]))
+
+    # --- End ---
+    envs.close()
+    eval_envs.close()
+    writer.close()
+    (run_dir / "replay.dat").unlink()  # only a resumed run needs it
+    print(f"done: eval.csv, checkpoint.npz and TensorBoard events are in {run_dir}")
 
 
 if __name__ == "__main__":

@@ -752,7 +752,9 @@ def main():
         run_dir = Path(args.resume or args.evaluate)
         state, step = load(run_dir / "checkpoint.npz", state)
     else:
-        run_dir = make_run_dir(args, f"{args.env_id}__simpo_mujoco__{args.seed}")
+        run_dir = make_run_dir(
+            args, f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
+        )
 
     # --- Nothing to train ---
     if args.evaluate:

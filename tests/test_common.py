@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import logsumexp
 
@@ -180,6 +180,14 @@ def test_theorem_3_5_target_measure_never_lowers_the_mean_of_q(g, offset, lam):
     gain = mean(w * q) - mean(q)
     assert gain[0] > -1e-3  # equal samples
     assert gain[1:].min() > 0.01
+
+
+def test_nu_is_infinite_where_the_weighting_stays_on_one_side_of_one():
+    q = random_q(11)
+    nu = solve_nu_for(q, 1.0, lambda y: jnp.tanh(y) / 2)
+    assert_array_equal(nu, -np.inf)
+    nu = solve_nu_for(q, 1.0, lambda y: jnp.tanh(y) / 2 + 2)
+    assert_array_equal(nu, np.inf)
 
 
 # ---- gradients -----------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""What simpo_dna.py needs beside it: rewards, data, and the reader of DRAKES' checkpoints."""
+"""What simpo_dna.py needs beside it: rewards, data, metrics and files."""

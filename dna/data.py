@@ -1,44 +1,45 @@
-"""Sequences and files of simpo_dna.py: readers, the generated training set, npz without pickle.
+"""Sequences of simpo_dna.py: readers of CSV and FASTA, and the generated training set.
 
 Legend: n sequences, L bases; x [n, L] uint8 holds 0..3 = A C G T.
 """
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import math
-import os
-import zipfile
+import re
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 BASES = "ACGT"
 REWARD = Path(__file__).with_name("motif_reward.json")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
-class UsageError(Exception):
-    """Bad input. The scripts print it as one line and exit with code 2."""
-
-
-# ---- sequences ---------------------------------------------------------------------------------
-
-
+# ---- sequences -----------------------------------------------------------------------
 class Data(NamedTuple):
-    """Sequences x [n, L], their names, and the texts of one column of the file or None."""
-
-    x: np.ndarray
+    x: np.ndarray  # [n, L]
     names: list
-    values: list | None
+    values: list | None = None  # texts of one column of the file
+    sha256: str | None = None  # of the file
+
+
+class Record(NamedTuple):
+    line: int  # of the file
+    name: str
+    letters: str
+    value: str | None  # text of the column that is asked for
 
 
 def encode(letters):
-    """Letters of any case -> uint8 of the same shape, 0..3 = A C G T, 255 for anything else."""
+    """Letters of any case -> uint8 [L], 0..3 = A C G T, 255 for anything else."""
     table = np.full(256, 255, np.uint8)
     for i, base in enumerate(BASES):
         table[[ord(base), ord(base.lower())]] = i
@@ -50,121 +51,201 @@ def decode(x):
     return ["".join(BASES[i] for i in row) for row in np.asarray(x)]
 
 
-def read_records(path, column):
-    """Rows (line in the file, name, letters, text in `column` or None) of a CSV or FASTA file."""
-    is_gzip = path.read_bytes()[:2] == b"\x1f\x8b"
-    with (gzip.open if is_gzip else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-        text = file.read()
-    start = len(text) - len(text.lstrip())
-    skipped, text = text.count("\n", 0, start), text[start:]
-    if text.startswith(">"):
-        if column:
-            raise UsageError(f"{path} is FASTA and has no column {column}")
-        line, rows = skipped + 1, []
-        for record in ("\n" + text).split("\n>")[1:]:
-            name, _, letters = record.partition("\n")
-            rows.append((line, (name.split() or [""])[0], "".join(letters.split()), None))
-            line += record.count("\n") + 1
-        return rows
-    first = text.partition("\n")[0]
+def read_text(path):
+    """-> the text of a file, perhaps gzipped, and the file's checksum; one read."""
+    try:
+        content = Path(path).read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig"), sha256
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"error: {path}: {reason}") from None
+
+
+def read_fasta(text):
+    records = []
+    for line, row in enumerate(text.splitlines(), start=1):
+        if row.startswith(">"):
+            name = (row[1:].split() or [""])[0]
+            records.append(Record(line, name, "", None))
+        elif row.strip():
+            letters = records[-1].letters + "".join(row.split())
+            records[-1] = records[-1]._replace(letters=letters)
+    return records
+
+
+def csv_rows(text, path):
+    """Yields (line, cells) of CSV, TSV or semicolons, blank rows left out.
+
+    Strict: every row has as many cells as the first one and stands on one line, and
+    quotes close where the cell ends.
+    """
+    first = text.strip().partition("\n")[0]
     delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
-    header = [name.strip() for name in next(reader, [])]
-    [seq, *_] = [i for i, h in enumerate(header) if h.lower() in ("seq", "sequence")] or [None]
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+    width = None
+    last = 0
+    try:
+        for row in reader:
+            line = reader.line_num
+            if line > last + 1:
+                rows = f"lines {last + 1} to {line}"
+                raise SystemExit(f"error: {path}: a quoted cell spans {rows}")
+            last = line
+            cells = [cell.strip() for cell in row]
+            if not any(cells):
+                continue
+            width = width or len(cells)
+            if len(cells) != width:
+                found = f"line {line} has {len(cells)} cells, the header {width}"
+                raise SystemExit(f"error: {path}: {found}")
+            yield line, cells
+    except csv.Error as error:
+        raise SystemExit(f"error: {path}: line {last + 1}: {error}") from None
+
+
+def find_column(header, path, names):
+    """Index of the column with one of the names, in any case; None without one."""
+    found = [i for i, cell in enumerate(header) if cell.lower() in names]
+    if len(found) > 1:
+        cells = " and ".join(header[i] for i in found)
+        raise SystemExit(f"error: {path} has the columns {cells}, expected one of them")
+    return found[0] if found else None
+
+
+def read_csv(text, path, column=None):
+    """[Record] of a table with a column seq or sequence, and perhaps name or id."""
+    rows = csv_rows(text, path)
+    _, header = next(rows, (0, [""]))
+    for name, count in Counter(header).items():
+        if name and count > 1:
+            raise SystemExit(f"error: {path} has {count} columns named {name}")
+    seq = find_column(header, path, ("seq", "sequence"))
     if seq is None:
-        found = f"found the first line {first.strip()[:60]!r}"
-        raise UsageError(f"{path}: expected FASTA, or CSV with a column seq or sequence, {found}")
+        expected = "expected FASTA, or CSV with a column seq or sequence"
+        found = f"found the first line {','.join(header)[:60]!r}"
+        raise SystemExit(f"error: {path}: {expected}, {found}")
     if column and column not in header:
-        raise UsageError(f"{path} has no column {column}, but {', '.join(header)}")
-    rows, value = [], header.index(column) if column else None
-    for row in reader:
-        if any(cell.strip() for cell in row):
-            row = [cell.strip() for cell in row] + [""] * (len(header) - len(row))
-            line = skipped + reader.line_num
-            rows.append((line, str(line), row[seq], row[value] if column else None))
-    return rows
+        columns = ", ".join(header)
+        raise SystemExit(f"error: {path} has no column {column}, but {columns}")
+    label = find_column(header, path, ("name", "id"))
+
+    records = []
+    for line, cells in rows:
+        name = str(line) if label is None else cells[label]
+        value = cells[header.index(column)] if column else None
+        records.append(Record(line, name, cells[seq], value))
+    return records
+
+
+def fault_of(record, length, numbers):
+    """What is wrong with a record, or None."""
+    row = encode(record.letters)
+    if not record.letters:
+        return "has no sequence"
+    if (row == 255).any():
+        letter = record.letters[np.argmax(row == 255)]
+        return f"has the letter {ascii(letter)}, expected A, C, G and T alone"
+    if len(row) != length:
+        return f"has {len(row)} bases, most have {length}"
+    if record.value is None:
+        return None
+    if not record.value:
+        return "has an empty cell in the column that is read"
+    if numbers and not NUMBER.fullmatch(record.value):
+        return f"has {ascii(record.value)}, expected a number"
+    if numbers and not math.isfinite(float(record.value)):
+        return f"has {ascii(record.value)}, expected a finite number"
+    return None
 
 
 def read_data(path, column=None, drop_bad_rows=False, numbers=True, training=True):
-    """Sequences of a file, CSV (or TSV, semicolons) or FASTA, perhaps gzipped -> Data.
+    """Sequences of a file, CSV or FASTA, perhaps gzipped -> Data.
 
-    UsageError for the first bad row, unless such are dropped: empty, other letters than ACGT (in
-    any case), another length than most, and in `column` nothing or, with numbers, no finite number.
-    For training also repetitions are bad, and 64 rows must be left.
+    The first bad row ends the program, unless such rows are dropped: empty, other
+    letters than ACGT in any case, another length than most, and in `column` nothing or,
+    with numbers, no number. For training also repetitions are bad, and 64 rows must be
+    left. What is wrong with the table as a whole is never dropped.
     """
-    path = Path(path)
-    try:
-        rows = read_records(path, column)
-    except (OSError, UnicodeDecodeError, csv.Error, EOFError, zlib.error) as error:
-        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
-    length = Counter(len(letters) for *_, letters, _ in rows if letters).most_common(1)
-    length, first, good = length[0][0] if length else 0, {}, []
-    for line, name, letters, value in rows:
-        row, fault = encode(letters), None
-        if not letters:
-            fault = "has no sequence"
-        elif (row == 255).any():
-            letter = letters[np.argmax(row == 255)]
-            fault = f"has the letter {ascii(letter)}, expected A, C, G and T alone"
-        elif len(row) != length:
-            fault = f"has {len(row)} bases, most have {length}"
-        elif column and (value == "" or numbers and not is_number(value)):
-            fault = f"has {ascii(value)} in {column}, expected a value"
-        elif training and row.tobytes() in first:
-            fault = f"repeats the sequence of line {first[row.tobytes()]}"
+    text, sha256 = read_text(path)
+    if not text.lstrip().startswith(">"):
+        records = read_csv(text, path, column)
+    elif column:
+        raise SystemExit(f"error: {path} is FASTA and has no column {column}")
+    else:
+        records = read_fasta(text)
+
+    lengths = Counter(len(record.letters) for record in records if record.letters)
+    [(length, _)] = lengths.most_common(1) or [(0, 0)]
+    first = {}  # line of each sequence
+    good = []
+    for record in records:
+        fault = fault_of(record, length, numbers)
+        letters = record.letters.upper()
+        if fault is None and training and letters in first:
+            fault = f"repeats the sequence of line {first[letters]}"
         if fault is None:
-            first[row.tobytes()] = line
-            good.append((row, name, value))
+            first[letters] = record.line
+            good.append(record)
         elif not drop_bad_rows:
-            raise UsageError(f"{path}: line {line} {fault}; --drop-bad-rows skips it")
+            reason = f"line {record.line} {fault}; --drop-bad-rows skips it"
+            raise SystemExit(f"error: {path}: {reason}")
+
     if len(good) < (64 if training else 1):
         least = "at least 64" if training else "one"
-        raise UsageError(f"{path} has {len(good)} usable sequences, expected {least}")
-    if len(good) < len(rows):
-        print(f"{path}: {len(rows) - len(good)} of {len(rows)} sequences dropped")
-    x, names, values = zip(*good, strict=True)
-    return Data(np.stack(x), list(names), list(values) if column else None)
-
-
-def is_number(text):
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+        found = f"{len(good)} usable sequences, expected {least}"
+        raise SystemExit(f"error: {path} has {found}")
+    if len(good) < len(records):
+        dropped = f"{len(records) - len(good)} of {len(records)} sequences dropped"
+        print(f"{path}: {dropped}", file=sys.stderr)
+    x = np.stack([encode(record.letters) for record in good])
+    names = [record.name for record in good]
+    values = [record.value for record in good] if column else None
+    return Data(x, names, values, sha256)
 
 
 def write_fasta(path, name, x, columns):
     """Sequences x [n, L] as >name_i key=value ..., with columns {key: [n]}."""
-    records = []
-    for i, letters in enumerate(decode(x)):
-        notes = "".join(f" {key}={values[i]:.6g}" for key, values in columns.items())
-        records.append(f">{name}_{i}{notes}\n{letters}\n")
-    path.write_text("".join(records))
+    with path.open("w") as file:
+        for i, letters in enumerate(decode(x)):
+            file.write(f">{name}_{i}")
+            for key, values in columns.items():
+                file.write(f" {key}={values[i]:.6g}")
+            file.write(f"\n{letters}\n")
 
 
+# ---- shuffles and the generated set --------------------------------------------------
 def shuffle_dinucleotides(x, rng):
-    """x [n, L] -> a shuffle of each sequence that keeps its counts of adjacent pairs of bases.
+    """x [n, L] -> a shuffle of each row that keeps its counts of pairs of neighbours.
 
-    Uniform over such sequences: Altschul and Erickson 1985, Mol. Biol. Evol. 2, 526. Each base's
-    last successor is drawn until these lead from every base to the sequence's last one.
+    Uniform over such sequences: Altschul and Erickson 1985, Mol. Biol. Evol. 2, 526.
+    The last successor of each base is drawn until these lead from every base to the end
+    of the sequence.
     """
     shuffled = np.empty_like(x)
     for n, row in enumerate(x):
         followers = [row[1:][row[:-1] == base] for base in range(4)]
-        starts = [base for base in range(4) if len(followers[base]) and base != row[-1]]
+        last = int(row[-1])
+        starts = [i for i in range(4) if i != last and len(followers[i])]
         while True:
             exits = {base: int(rng.choice(followers[base])) for base in starts}
-            reached = {int(row[-1])}
+            reached = {last}
             for _ in starts:
                 reached |= {base for base in starts if exits[base] in reached}
             if len(reached) == len(starts) + 1:
                 break
-        queues = []
+
+        queues = []  # the successors of each base, taken from the end
         for base in range(4):
-            rest, end = list(followers[base]), [exits[base]] if base in exits else []
-            for last in end:
-                rest.remove(last)
-            queues.append([*end, *rng.permutation(rest)])  # taken from its end
+            rest = list(followers[base])
+            end = []
+            if base in exits:
+                end = [exits[base]]
+                rest.remove(exits[base])
+            queues.append([*end, *rng.permutation(rest)])
         shuffled[n, 0] = row[0]
         for i in range(1, len(row)):
             shuffled[n, i] = queues[shuffled[n, i - 1]].pop()
@@ -172,121 +253,62 @@ def shuffle_dinucleotides(x, rng):
 
 
 def site_shares(counts):
-    """Counts [4, m] -> probability of each base at each position [m, 4], pseudocount 0.25."""
+    """Counts [4, m] -> chance of each base by position [m, 4], pseudocount 0.25."""
     counts = np.asarray(counts).T + 0.25
     return counts / counts.sum(axis=1, keepdims=True)
 
 
-def generate_data(num=20_000, length=200):
-    """The embedded training set: a Markov background of order 3 with sites planted in it.
+def draw_background(rng, num, length):
+    """Markov sequences of order 3 [num, length] that avoid CpG and vary in G + C."""
+    energy = np.zeros((4, 4, 4, 4))  # of a base after the three before it
+    for order in (1, 2, 3):
+        shape = (4,) * (order + 1)
+        energy += 0.4 / order * rng.normal(size=shape)
+    energy[:, :, 1, 2] -= 1.4  # CpG
+    energy = energy.reshape(64, 4)
+    gc = 0.4 * rng.normal(size=(num, 1))  # of each sequence
+    gc = gc * np.array([-1, 1, 1, -1])
 
-    Like genomes it avoids CpG, varies in GC content and has clusters of sites of few factors: a
-    sequence has three matrices of the ft and the eval set, drawn with repetition, and on average 6
-    sites of these, on either strand. Half of the sequences take theirs among the factors with
-    positive weight in the oracles, half among those with negative weight, one in seven from the
-    others. Always the same set, whatever --seed.
+    x = np.zeros((length, num), np.uint8)
+    context = rng.integers(64, size=num)
+    for i, u in enumerate(rng.random((length, num))):
+        cdf = np.cumsum(np.exp(energy[context] + gc), axis=1)
+        cdf = cdf[:, :3] / cdf[:, 3:]
+        x[i] = np.sum(u[:, None] > cdf, axis=1)
+        context = (4 * context + x[i]) % 64
+    return np.ascontiguousarray(x.T)
+
+
+def generate_data(num=20_000, length=200):
+    """The embedded training set: a Markov background with sites planted in it.
+
+    Like genomes it avoids CpG, varies in GC content and has clusters of sites of few
+    factors: a sequence has three matrices of the ft and the eval set, drawn with
+    repetition, and on average 6 sites of these, on either strand. Half of the sequences
+    take theirs among the factors with positive weight in the oracles, half among those
+    with negative weight, one in seven from the others. Always the same set, whatever
+    --seed.
     """
     rng = np.random.default_rng(0)
-    shapes = ((4, 4), (4, 4, 4), (4, 4, 4, 4))  # what 1, 2 and 3 bases before add
-    energy = sum(0.4 / order * rng.normal(size=s) for order, s in enumerate(shapes, start=1))
-    energy[:, :, 1, 2] -= 1.4  # CpG
-    gc = 0.4 * rng.normal(size=(num, 1)) * np.array([-1, 1, 1, -1])  # of each sequence
-    x, context = np.zeros((length, num), np.uint8), rng.integers(64, size=num)
-    for i, u in enumerate(rng.random((length, num))):
-        cdf = np.cumsum(np.exp(energy.reshape(64, 4)[context] + gc), axis=1)
-        x[i] = np.sum(u[:, None] > cdf[:, :3] / cdf[:, 3:], axis=1)
-        context = (4 * context + x[i]) % 64
-    x = np.ascontiguousarray(x.T)
+    x = draw_background(rng, num, length)
     sets = json.loads(REWARD.read_text())
-    sites = {sign: [] for sign in (1, -1)}  # cumulative shares [m, 4] of each matrix
+    sites = {1: [], -1: []}  # cumulative shares [m, 4] of each matrix
     for part in ("ft", "eval"):
-        for counts, w in zip(sets[part]["pfm_counts"], sets[part]["w"][:-1], strict=True):
-            sites[np.sign(w)].append(np.cumsum(site_shares(counts), axis=1))
+        for counts, w in zip(
+            sets[part]["pfm_counts"], sets[part]["w"][:-1], strict=True
+        ):
+            cumulative = np.cumsum(site_shares(counts), axis=1)
+            sites[np.sign(w)].append(cumulative)
+
     for i, number in enumerate(2 + rng.poisson(4, num)):
         own = 1 if i % 2 else -1
         kinds = np.where(rng.random(3) < 1 / 7, -own, own)
         palette = [sites[kind][rng.integers(len(sites[kind]))] for kind in kinds]
         for j in rng.integers(3, size=number):
-            site = np.sum(rng.random((len(palette[j]), 1)) > palette[j][:, :3], axis=1)
+            u = rng.random((len(palette[j]), 1))
+            site = np.sum(u > palette[j][:, :3], axis=1)
             start = rng.integers(length - len(site) + 1)
-            x[i, start : start + len(site)] = site if rng.random() < 0.5 else 3 - site[::-1]
-    return Data(x, [str(i) for i in range(num)], None)
-
-
-# ---- npz files ---------------------------------------------------------------------------------
-
-
-def named_leaves(tree):
-    return {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def save_arrays(path, tree, kind, **meta):
-    """Writes the leaves of a pytree and meta, what JSON can hold, as npz; atomically."""
-    meta = json.dumps({"script": "simpo_dna", "kind": kind, **meta})
-    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()}
-    with path.with_suffix(".tmp").open("wb") as file:
-        np.savez(file, **arrays, meta=np.frombuffer(meta.encode(), np.uint8))
-        file.flush()
-        os.fsync(file.fileno())
-    path.with_suffix(".tmp").replace(path)
-
-
-def load_arrays(path, kind):
-    """-> {name: array}, meta of a file that save_arrays wrote with that kind; else UsageError.
-
-    Takes no more memory than the file has bytes, whatever it declares, and runs nothing.
-    """
-    path = Path(path)
-    try:
-        with zipfile.ZipFile(path) as file:
-            for entry in file.infolist():
-                stored = entry.compress_type == zipfile.ZIP_STORED
-                if not stored or entry.file_size > path.stat().st_size:
-                    raise ValueError("compressed or damaged")
-            if file.testzip():
-                raise ValueError("a check sum is wrong")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        meta = json.loads(arrays.pop("meta").tobytes())
-        if meta["script"] != "simpo_dna" or meta["kind"] != kind:
-            raise ValueError(f"found a {meta['kind']} of {meta['script']}")
-        for name, array in arrays.items():
-            if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-                raise ValueError(f"{name} is not finite")
-        return arrays, meta
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist") from None
-    except Exception as error:  # whatever a damaged file makes zipfile, numpy or json raise
-        reason = ascii(" ".join(str(error).split()))[:120] or type(error).__name__
-        raise UsageError(f"{path} is no {kind} of simpo_dna: {reason}") from None
-
-
-def nest(arrays):
-    """{"['a'][0]['b']": array} -> {"a": [{"b": array}]}; the names are those of `named_leaves`."""
-    root = {}
-    for name, array in arrays.items():
-        *path, last = name.strip("[]").replace("'", "").split("][")
-        node = root
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = array
-
-    def lists(node):
-        if not isinstance(node, dict):
-            return node
-        node = {key: lists(child) for key, child in node.items()}
-        return [node[str(i)] for i in range(len(node))] if "0" in node else node
-
-    return lists(root)
-
-
-def fill(template, arrays, path):
-    """The pytree `template` with the arrays of those names, which must have its shapes."""
-    names = named_leaves(template)
-    for name, leaf in names.items():
-        if name not in arrays or arrays[name].shape != leaf.shape:
-            raise UsageError(f"{path}: expected {name} of shape {leaf.shape}")
-    if len(arrays) > len(names):
-        raise UsageError(f"{path}: unexpected {ascii(min(arrays.keys() - names.keys()))}")
-    leaves = [arrays[name].astype(leaf.dtype) for name, leaf in names.items()]
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+            if rng.random() >= 0.5:
+                site = 3 - site[::-1]
+            x[i, start : start + len(site)] = site
+    return Data(x, [str(i) for i in range(num)])

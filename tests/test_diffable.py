@@ -1,43 +1,53 @@
-"""What two scripts share stays byte-identical, and the trainers stay as short as they are."""
+"""What scripts share is byte-identical, and their difference stays small."""
 
 import ast
+import functools
 import itertools
+import subprocess
 
 import pytest
 from conftest import ROOT
 
-LIMITS = {"simpo_mujoco.py": 650, "simpo_dmc.py": 720}
 SCRIPTS = sorted(ROOT.glob("simpo_*.py"))
-TRAINERS = [ROOT / name for name in LIMITS]
-OWN = {"Args", "make_env", "create_run_dir", "main"}  # what may differ between the trainers,
-OTHERS = OWN | {"make_run_dir", "draw_curves", "init_state", "parse_args", "train"}  # and elsewhere
+TRAINERS = [ROOT / "simpo_mujoco.py", ROOT / "simpo_dmc.py"]
+OWN = {"Args", "main", "make_env"}  # may differ between any two scripts
+# may differ between a trainer and another script
+OWN_ELSEWHERE = OWN | {"State", "init_state"}
 
 
+@functools.cache
 def pieces(path):
-    """{name: source} of the functions, classes and constants of a script, decorators included."""
-    source, found = path.read_text(), {}
-    for node in ast.parse(source).body:
+    """{name: source} of the functions and classes of a script, decorators included."""
+    lines = path.read_text().splitlines()
+    found = {}
+    for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            parts = *node.decorator_list, node
-            found[node.name] = [ast.get_source_segment(source, x, padded=True) for x in parts]
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = ast.unparse(node)
+            first = min([x.lineno for x in node.decorator_list], default=node.lineno)
+            found[node.name] = lines[first - 1 : node.end_lineno]
     return found
 
 
 @pytest.mark.parametrize("one,other", [*itertools.combinations(SCRIPTS, 2)])
-def test_functions_of_one_name_are_identical(one, other):
-    ours, theirs = pieces(one), pieces(other)
-    own = OWN if {one, other} == set(TRAINERS) else OTHERS
-    assert not [x for x in sorted(ours.keys() & theirs.keys() - own) if ours[x] != theirs[x]]
+def test_what_has_one_name_is_identical(one, other):
+    ours = pieces(one)
+    theirs = pieces(other)
+    own = OWN if {one, other} == set(TRAINERS) else OWN_ELSEWHERE
+    differing = [x for x in ours.keys() & theirs.keys() if ours[x] != theirs[x]]
+    assert sorted(set(differing) - own) == []
 
 
 def test_the_trainers_share_all_but_the_environment():
-    ours, theirs = map(pieces, TRAINERS)
-    assert not ours.keys() - theirs.keys()
-    assert theirs.keys() - ours.keys() == {"TOP_SPEED", "landscape", "DMControl"}
+    mujoco, dmc = map(pieces, TRAINERS)
+    assert mujoco.keys() - dmc.keys() == set()
+    assert dmc.keys() - mujoco.keys() == {"landscape", "DMControl"}
 
 
-@pytest.mark.parametrize("name", LIMITS)
-def test_trainers_are_short(name):
-    assert len((ROOT / name).read_text().splitlines()) <= LIMITS[name]
+def test_the_difference_of_the_trainers_is_short():
+    """As the README's reading guide prints it."""
+    command = ["diff", *map(str, TRAINERS)]
+    out = subprocess.run(command, capture_output=True, text=True).stdout
+    lines = out.splitlines()
+    removed = [line for line in lines if line.startswith("<")]
+    added = [line for line in lines if line.startswith(">")]
+    assert 0 < len(removed) <= 80
+    assert 0 < len(added) <= 80

@@ -1,215 +1,262 @@
-"""Replay, episodes and environments: nothing is lost, moved or mixed up at an episode's end."""
+"""Replay, episodes and environments: nothing is lost, moved or mixed up."""
 
-import contextlib
 import dataclasses
+import re
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import tiny_envs
-from conftest import POINT, assert_refused, pairs, run_main, stop_after
+from conftest import POINT, run_main, stop_after
+from numpy.testing import assert_allclose, assert_array_equal
 
 import simpo_mujoco
-from simpo_mujoco import Args, Replay, make_env, make_envs
+from simpo_mujoco import (
+    EVAL_SEED,
+    Args,
+    Batch,
+    add_transitions,
+    make_env,
+    make_envs,
+    open_replay,
+    require_finite,
+    sample_batch,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 ARGS = Args(num_envs=3, seed=5)
 
 
-def with_env(env_id, **changes):
-    return dataclasses.replace(ARGS, env_id=env_id, **changes)
+def with_env(kind, **changes):
+    return dataclasses.replace(ARGS, env_id=f"tiny_envs:{kind}-v0", **changes)
 
 
-@contextlib.contextmanager
-def ends_with(capsys, code, *mentions):
-    with pytest.raises(SystemExit) as end:
-        yield
-    assert_refused((end.value.code, "", capsys.readouterr().err), *mentions, code=code)
+# ---- replay --------------------------------------------------------------------------
 
 
-# ---- replay -----------------------------------------------------------------------------------
-
-
-def replay_args(**flags):
-    flags = {"total_timesteps": 3000, "num_envs": 5, "learning_starts": 10} | flags
-    return dataclasses.replace(ARGS, **{"checkpoint_every": flags["buffer_size"]} | flags)
-
-
-def fill(replay, count, num_envs=5):
-    """Adds transitions that carry their number, up to `count` of them, some environments' at once:
-    obs [2], next_obs [2], act [1], reward, terminated."""
-    while replay.written < count:
-        number = np.arange(replay.written, replay.written + num_envs)
-        pair = np.stack([number, number + 0.25], axis=1)
-        replay.add(pair, pair + 0.5, -number[:, None], 10.0 * number, number % 2 == 0)
+def numbered(number):
+    """Transitions that carry their number: observations [., 2], actions [., 1]."""
+    obs = np.stack([number, number + 0.25], axis=1)
+    return Batch(
+        obs=obs,
+        next_obs=obs + 0.5,
+        act=-number[:, None],
+        reward=10 * number,
+        terminated=number % 2 == 0,
+    )
 
 
 def test_replay_samples_whole_rows_of_the_last_ones_uniformly(tmp_path):
-    replay = Replay(replay_args(buffer_size=30), tmp_path / "replay.dat", 7, 0)
+    args = dataclasses.replace(ARGS, buffer_size=30)
+    replay = open_replay(args, tmp_path / "replay.dat", 2, 1, "w+")
     rng = np.random.default_rng(0)
-    for count, oldest in ((5, 0), (20, 0), (30, 0), (45, 15), (170, 140)):
-        fill(replay, count)
-        batch = replay.sample(rng, 6000)
-        assert batch.shape == (6000, 7) and batch.dtype == np.float32
-        number, times = np.unique(batch[:, 0], return_counts=True)
-        np.testing.assert_array_equal(number, np.arange(oldest, count))
+    for step in range(0, 170, 5):
+        add_transitions(replay, step, numbered(step + np.arange(5.0)))
+        count = step + 5
+        if count not in (5, 20, 30, 45, 170):
+            continue
+        batch = sample_batch(replay, count, rng, 6000)
+        number, times = np.unique(batch.obs[:, 0], return_counts=True)
+        assert_array_equal(number, np.arange(max(count - 30, 0), count))
         mean = 6000 / len(number)
         assert np.abs(times - mean).max() < 5 * np.sqrt(mean)
-        n = batch[:, 0]
-        columns = n, n + 0.25, n + 0.5, n + 0.75, -n, 10 * n, n % 2 == 0
-        np.testing.assert_array_equal(batch, np.stack(columns, axis=1))
-    draws = [replay.sample(np.random.default_rng(seed), 64) for seed in (1, 1, 2)]
-    np.testing.assert_array_equal(draws[0], draws[1])
+        expected = numbered(batch.obs[:, 0])
+        for ours, theirs in zip(batch, expected, strict=True):
+            assert ours.dtype == np.float32
+            assert_array_equal(ours, theirs)
+
+
+def test_replay_is_reopened_as_it_was(tmp_path):
+    args = dataclasses.replace(ARGS, buffer_size=30)
+    replay = open_replay(args, tmp_path / "replay.dat", 2, 1, "w+")
+    add_transitions(replay, 0, numbered(np.arange(20.0)))
+    replay.flush()
+    again = open_replay(args, tmp_path / "replay.dat", 2, 1, "r+")
+    assert_array_equal(again, replay)
+    draws = []
+    for seed in (1, 1, 2):
+        rng = np.random.default_rng(seed)
+        draws.append(sample_batch(again, 20, rng, 64).obs)
+    assert_array_equal(draws[0], draws[1])
     assert (draws[0] != draws[2]).any()
 
 
-@pytest.mark.parametrize("num_envs", [5, 3])
-@pytest.mark.parametrize("every", [33, 100])
-def test_rows_written_after_a_checkpoint_do_not_hide_sampled_ones(tmp_path, every, num_envs):
-    """A run killed before its next checkpoint goes on with the rows of its last one."""
-    args = replay_args(buffer_size=100, checkpoint_every=every, num_envs=num_envs)
-    steps = range(0, 3000, num_envs)
-    saves = [step for step in steps if step % every < num_envs]
-    for i in (1, 2, 3, 7):
-        replay = Replay(args, tmp_path / "replay.dat", 7, 0)
-        fill(replay, saves[i + 1], num_envs)  # killed just before it is saved
-        replay.rows.flush()
-        replay = Replay(args, tmp_path / "replay.dat", 7, saves[i])
-        number = np.unique(replay.sample(np.random.default_rng(0), 4000)[:, 0])
-        np.testing.assert_array_equal(number, np.arange(max(saves[i] - 100, 0), saves[i]))
-
-
-def test_replay_takes_its_disk_at_the_start_or_is_refused(tmp_path, capsys):
-    """A memory-mapped file that finds the disk full later dies of SIGBUS."""
-    path = tmp_path / "replay.dat"
-    size = Replay(replay_args(buffer_size=1500), path, 700, 0).rows.nbytes
-    assert size == path.stat().st_size <= path.stat().st_blocks * 512
-    path.unlink()
-    with ends_with(capsys, 2, "replay", str(path)):  # no run without its rows
-        Replay(replay_args(buffer_size=1500), path, 700, 30)
-    with ends_with(capsys, 2, "replay", "GB", str(path)):  # 60 TB
-        Replay(replay_args(buffer_size=10**13, total_timesteps=3 * 10**11), path, 50, 0)
-
-
-# ---- episodes as the trainer stores them ------------------------------------------------------
+# ---- episodes as the trainer stores them ---------------------------------------------
 
 STEPS = 60  # of each of the five environments
+LENGTH = {"Short": 7, "Both": 6, "Lists": 9}  # of an episode; else 50
 
 
 def stored(kind, root):
-    """A run of random actions that a SIGTERM ends -> its rows [STEPS, 5, 9] and its output."""
-    flags = "--total-timesteps 2400 --learning-starts 2000 --checkpoint-every 600".split()
-    flags += ["--eval-episodes", 1, "--env-id", f"tiny_envs:{kind}-v0", "--run-dir", root / kind]
-    stop_after(5 * STEPS + episode_length(kind))  # of the evaluation at step 0
-    code, out, err = run_main(simpo_mujoco, *POINT, *flags, cwd=root)
-    assert code == 143, (out, err)
-    rows = np.fromfile(root / kind / "replay.dat", np.float32).reshape(-1, 9)
-    assert not rows[5 * STEPS :].any()
-    return rows[: 5 * STEPS].reshape(STEPS, 5, 9)
+    """A run of random actions that Ctrl-C ends -> its rows [STEPS, 5], and the seeds
+    of the first training episodes."""
+    flags = [*POINT, "--learning-starts", 2000, "--eval-episodes", 1]
+    flags += ["--env-id", f"tiny_envs:{kind}-v0", "--run-dir", root / kind]
+    stop_after(LENGTH.get(kind, 50) + 5 * STEPS + 1)  # the first ones evaluate
+    tiny_envs.Point.seeds.clear()
+    code, out, err = run_main(simpo_mujoco, *flags, cwd=root)
+    assert code == 1 and "stopped" in err, (out, err)
+    args = Args(buffer_size=600)
+    replay = open_replay(args, root / kind / "replay.dat", 3, 1, "r")
+    assert not replay[5 * STEPS :]["obs"].any()
+    seeds = [seed for seed in tiny_envs.Point.seeds if seed != EVAL_SEED]
+    return replay[: 5 * STEPS].reshape(STEPS, 5), seeds
 
 
-def episode_length(kind):
-    return {"Short": 7, "Both": 6, "Lists": 9}.get(kind, 50)
-
-
-def simulate(kind, index, actions):
-    """The rows that an environment must leave: its own loop, reset by hand at each end."""
+def simulate(kind, seed, actions):
+    """The transitions that an environment must leave, reset by hand at each end."""
     env = getattr(tiny_envs, kind, tiny_envs.Point)()
-    first_seed = int(np.random.default_rng([1, 0]).integers(2**30))  # of (seed, step)
-    obs, rows = np.array(env.reset(seed=first_seed + index)[0]), []
-    low, high = env.action_space.low, env.action_space.high
+    low = env.action_space.low
+    high = env.action_space.high
+    obs = np.array(env.reset(seed=seed)[0])
+    transitions = []
     for a0 in actions:
-        action = np.clip(low + (a0 + 1) / 2 * (high - low), low, high).astype(env.act_dtype)
+        action = low + (a0 + 1) / 2 * (high - low)
+        action = np.clip(action, low, high).astype(env.act_dtype)
         next_obs, reward, terminated, *_ = env.step(action)
-        rows.append([*obs, *next_obs, *a0, np.squeeze(reward), terminated])
-        obs = np.array(next_obs)
-        if terminated or env.clock == episode_length(kind):
+        next_obs = np.array(next_obs)
+        transitions.append((obs, next_obs, a0, np.squeeze(reward), terminated))
+        obs = next_obs
+        if terminated or env.clock == LENGTH.get(kind, 50):
             obs = np.array(env.reset()[0])
-    return np.float32(rows)
+    columns = zip(*transitions, strict=True)
+    return Batch(*(np.float32(np.stack(column)) for column in columns))
 
 
 @pytest.mark.parametrize("kind", ["Point", "Short", "Both", "Lists", "Narrow", "Wide"])
-def test_stored_transitions_equal_a_simulation_of_each_environment(tmp_path, kind):
-    """Cut off, terminated, both at once; rewards of shape (1,), integer flags and any info; actions
-    that rounding would lead out of their space, and a float64 space."""
-    rows = stored(kind, tmp_path)
+def test_stored_transitions_equal_a_simulation(tmp_path, kind):
+    """Cut off, terminated, both at once; rewards of shape (1,), integer flags, any
+    info; actions that rounding would lead out of their space; a float64 space."""
+    rows, seeds = stored(kind, tmp_path)
+    assert len(set(seeds)) == 5
     for i in range(5):
-        expected = simulate(kind, i, rows[:, i, 6:7])
-        np.testing.assert_allclose(rows[:, i], expected, rtol=1e-5, atol=1e-6)
-    assert rows[..., -1].sum() == (50 if kind == "Both" else 0)
-    assert len(np.unique(rows[0, :, 0])) == 5  # five streams
-    assert rows[..., 6].min() < -0.95 and rows[..., 6].max() > 0.95
+        expected = simulate(kind, seeds[i], rows["act"][:, i])
+        for name, values in expected._asdict().items():
+            ours = rows[name][:, i]
+            assert_allclose(ours, values, rtol=1e-5, atol=1e-6)
+    assert rows["terminated"].sum() == (50 if kind == "Both" else 0)
+    assert rows["act"].min() < -0.95
+    assert rows["act"].max() > 0.95
     if kind == "Point":  # the same dynamics with one buffer for all observations
-        np.testing.assert_array_equal(stored("OneBuffer", tmp_path), rows)
+        one_buffer, _ = stored("OneBuffer", tmp_path)
+        assert_array_equal(one_buffer, rows)
 
 
-def test_a_run_of_two_seeds_starts_elsewhere_and_evaluations_never_do():
-    for env_id in ("tiny_envs:Point-v0", "tiny_envs:GlobalRandom-v0", "Pendulum-v1"):
-        envs = make_envs(with_env(env_id))
-        starts = [envs.reset(seed=seed)[0] for seed in (3, 2**31, 3, 2**31, 2**30)]
-        np.testing.assert_array_equal(starts[0], starts[2])
-        np.testing.assert_array_equal(starts[1], starts[3])
-        assert len(np.unique(np.concatenate(starts)[:, 0])) == 9, env_id
-        envs.close()
+# ---- environments as they come -------------------------------------------------------
 
 
-# ---- what is refused, what is cut off ---------------------------------------------------------
+@pytest.mark.parametrize("env_id", ["tiny_envs:Point-v0", "Pendulum-v1"])
+def test_a_seed_gives_its_starts(env_id):
+    envs = make_envs(dataclasses.replace(ARGS, env_id=env_id), 3)
+    starts = [envs.reset(seed=seed)[0] for seed in (3, EVAL_SEED, 3, EVAL_SEED)]
+    assert_array_equal(starts[0], starts[2])
+    assert_array_equal(starts[1], starts[3])
+    assert len(np.unique(np.concatenate(starts[:2])[:, 0])) == 6
+    envs.close()
 
 
-@pytest.mark.filterwarnings("error")  # the message is the only line
-@pytest.mark.parametrize("value", [np.nan, 1e39])
-@pytest.mark.parametrize("kind", ["reset", "observation", "reward"])
-def test_a_value_that_is_not_finite_in_float32_names_its_place(monkeypatch, capsys, kind, value):
-    envs = make_envs(with_env("tiny_envs:Nan-v0"))
-    for name, x in (("value", value), ("kind", kind), ("after", 4)):
-        monkeypatch.setattr(tiny_envs.Nan, name, 0.0 if name == "value" else x)
-    envs.reset(seed=0)
-    monkeypatch.setattr(envs.envs[1].unwrapped, "value", value, raising=False)
-    if kind == "reset":
-        with ends_with(capsys, 1, "first observation", "environment 1", "not finite"):
-            envs.reset(seed=0)
-        return
+@pytest.mark.parametrize(
+    "kind,scale",
+    [("Whole", 255), ("Bytes", 255), ("Halves", 1e5)],
+)
+def test_observations_of_other_types_become_float32(kind, scale):
+    env = make_env(with_env(kind))
+    obs, _ = env.reset(seed=3)
+    last = env.step(np.float32([0.5]))[0]
+    plain = env.unwrapped
+    assert obs.dtype == last.dtype == env.observation_space.dtype == np.float32
+    assert_allclose(last, np.float32(plain.observe()))
+    assert 1 < np.abs(obs[0]) <= 5 * scale
+    assert np.isfinite(last).all()
+
+
+def test_seeds_are_small_enough_for_a_c_library():
+    """Those of an evaluation, here of 20 environments."""
+    envs = make_envs(with_env("CSeed"), 20)
+    envs.reset(seed=EVAL_SEED)
+    envs.close()
+
+
+@pytest.fixture
+def ball_xml(tmp_path, monkeypatch):
+    path = tmp_path / "ball.xml"
+    path.write_text(tiny_envs.BALL)
+    monkeypatch.setattr(tiny_envs.Rebuild, "path", str(path))
+
+
+def test_a_simulation_made_again_at_reset_keeps_its_episodes(ball_xml):
+    """A new MjData starts at time 0, before the last step of the one that it was."""
+    env = make_env(with_env("Rebuild"))
     for _ in range(3):
-        envs.step(np.zeros((3, 1), np.float32))
-    with ends_with(capsys, 1, f"{kind} of environment 1", "4 steps", "not finite"):
-        envs.step(np.zeros((3, 1), np.float32))
-
-
-@pytest.mark.parametrize("kind,mention", [("TwoRewards", "reward"), ("WrongObs", "observation")])
-def test_a_value_of_another_shape_is_named(capsys, kind, mention):
-    envs = make_envs(with_env(f"tiny_envs:{kind}-v0"))
-    with ends_with(capsys, 1, mention, "(2,)"):
-        envs.reset(seed=0)
-        envs.step(np.zeros((3, 1), np.float32))
-
-
-REFUSED = """
-    Nonsense-v0 => Nonsense | no_such_module:Env-v0 => no_such_module | ../x:Foo => environment
-    CartPole-v1 => Discrete | tiny_envs:Unbounded-v0 => bounded | tiny_envs:Whole-v0 => int64
-    tiny_envs:HalfBounded-v0 => bounded | tiny_envs:NoAction-v0 => (0,)
-    tiny_envs:Image-v0 => (2, 2) | tiny_envs:Goal-v0 => FlattenObservation
-"""
-
-
-@pytest.mark.parametrize("env_id,mention", pairs(REFUSED))
-def test_unsuitable_environments_are_refused_in_one_line(capsys, env_id, mention):
-    before = tiny_envs.Point.opened - tiny_envs.Point.closed
-    with ends_with(capsys, 2, mention):
-        make_envs(with_env(env_id))
-    assert tiny_envs.Point.opened - tiny_envs.Point.closed == before  # it was closed
-
-
-def test_a_simulation_that_blows_up_truncates(tmp_path, monkeypatch, capsys):
-    """MuJoCo goes back to its initial state in mid-episode, with finite numbers and no end."""
-    monkeypatch.chdir(tmp_path)  # it writes a log
-    env = make_env(with_env("HalfCheetah-v4"), 0, {})
-    env.reset()
-    for _ in range(9):
-        obs, *_ = env.step(np.zeros(6, np.float32))
-    env.unwrapped.data.qvel[:] = 1e12
-    last, reward, terminated, truncated, _ = env.step(np.zeros(6, np.float32))
-    np.testing.assert_array_equal(last, obs)
-    assert (reward, terminated, truncated) == (0, False, True)
-    assert capsys.readouterr().err.count("cut off") == 1
-    env.reset()
-    assert not any(env.step(np.zeros(6, np.float32))[3] for _ in range(50))
+        env.reset(seed=1)
+        episode_return = 0.0
+        for step in range(50):
+            _, reward, terminated, truncated, _ = env.step(np.zeros(1))
+            episode_return += reward
+            assert not terminated
+            assert truncated == (step == 49)
+        assert episode_return == 50
     env.close()
+
+
+def test_what_mujoco_does_to_a_simulation_is_not_changed(tmp_path, monkeypatch):
+    """A state set in mid-episode, back in time, ends no episode."""
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log
+    env = make_env(dataclasses.replace(ARGS, env_id="HalfCheetah-v4"))
+    env.reset(seed=0)
+    plain = gym.make("HalfCheetah-v4")
+    plain.reset(seed=0)
+    for step in range(30):
+        for one in (env, plain):
+            if step == 9:
+                one.unwrapped.data.time = 0.0
+                one.unwrapped.data.qvel[:] = 1e12
+        ours = env.step(np.full(6, 0.1))
+        theirs = plain.step(np.full(6, 0.1, np.float32))
+        assert_allclose(ours[0], np.float32(theirs[0]), rtol=1e-3, atol=1e-3)
+        assert ours[1] == pytest.approx(theirs[1], rel=1e-3, abs=1e-3)
+        assert ours[2:4] == theirs[2:4] == (False, False)
+    env.close()
+    plain.close()
+
+
+# ---- what is refused -----------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])
+@pytest.mark.parametrize("name", ["action", "observation", "reward"])
+def test_a_value_that_is_not_finite_in_float32_is_named(capsys, name, value):
+    arrays = {key: np.zeros((3, 2)) for key in ("action", "observation", "reward")}
+    require_finite(4, **arrays)
+    arrays[name][1, 1] = value
+    with pytest.raises(SystemExit) as end:
+        require_finite(4, **arrays)
+    assert end.value.code == 3
+    err = capsys.readouterr().err
+    assert err == f"error: {name} is not finite at step 4\n"
+
+
+@pytest.mark.parametrize(
+    "env_id,mention",
+    [
+        ("Nonsense-v0", "NameNotFound"),
+        ("no_such_module:Env-v0", "ModuleNotFoundError"),
+        ("../x:Foo", "Error"),
+        ("CartPole-v1", "Discrete"),
+        ("tiny_envs:Unbounded-v0", "bounded"),
+        ("tiny_envs:HalfBounded-v0", "bounded"),
+        ("tiny_envs:WholeActions-v0", "int64"),
+        ("tiny_envs:Image-v0", "(2, 2)"),
+        ("tiny_envs:Goal-v0", "goal"),
+        ("tiny_envs:MissingFile-v0", "FileNotFoundError"),
+        ("tiny_envs:TwoLines-v0", "KeyError"),
+    ],
+)
+def test_unsuitable_environments_are_refused_in_one_line(env_id, mention):
+    """Whatever a constructor raises, with the type of it."""
+    with pytest.raises(SystemExit) as end:
+        make_envs(dataclasses.replace(ARGS, env_id=env_id), 2)
+    message = end.value.code
+    assert re.fullmatch(r"error: cannot make \S+: \w+: .*", message), message
+    assert mention in message

@@ -210,8 +210,7 @@ def sweep(args, runs):
     return left
 
 
-def main():
-    argv = sys.argv[1:]
+def main(argv):
     end = argv.index("--") if "--" in argv else len(argv)
     args = tyro.cli(Args, args=argv[:end], description=__doc__)
     runs = plan(args, argv[end + 1 :])
@@ -225,7 +224,7 @@ def main():
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))
     except (OSError, ValueError) as error:
         fail(error)
     except KeyboardInterrupt:

@@ -129,12 +129,13 @@ def test_dry_run_prints_the_commands(tmp_path):
         ("table2 -- --total-timesteps 10", "--total-timesteps"),
     ],
 )
-def test_wrong_flags_are_refused_before_anything_runs(flags, mention, tmp_path):
+def test_wrong_flags_are_refused_before_anything_runs(flags, mention, tmp_path, capsys):
     here, dashes, extra = flags.partition(" -- ")
-    flags = [*here.split(), "--root", tmp_path / "root", *(dashes + extra).split()]
-    code, _, err = end(command(*flags))
-    assert code == 2
-    assert mention in " ".join(err.replace("│", " ").split())
+    root = str(tmp_path / "root")
+    with pytest.raises(SystemExit) as end:
+        run.main([*here.split(), "--root", root, *(dashes + extra).split()])
+    assert end.value.code == 2
+    assert mention in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert not (tmp_path / "root").exists()
 
 

@@ -22,7 +22,6 @@ import json
 import math
 import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,17 +32,15 @@ import optax
 import tyro
 from matplotlib.figure import Figure
 from scipy.stats import sem
-from tqdm import tqdm
 
 from common import solve_nu, update_lam
 
-PACKAGES = ("jax", "optax", "numpy", "matplotlib")
 BOX = 2.0  # actions are clipped to [-BOX, BOX]
+GRID = np.linspace(-BOX, BOX, 4001, dtype=np.float32)
 SAMPLING_STEPS = 20  # of Euler's method, from t = 1 to 0
 FINAL_SAMPLES = 1024  # of a trained policy
 LANDSCAPES_OF = {"2": ["escape"], "3": ["broad", "sharp"]}  # the paper's figures
 EPOCHS_OF = {"2": 200, "3": 100}
-FIGURE_2_CLIP = -0.6  # differs from paper: (3), l of Lin. Neg. is -0.05
 
 # what a seed's key is folded with, for three independent streams
 INIT = 0
@@ -61,7 +58,7 @@ class Args:
     # --- Weights of the samples ---
     weighting: Literal["all", "exp", "linear", "square"] = "all"  # g in eq. (9)
     neg_clip: float | None = (
-        None  # l in eq. (11); default: -0.6 for figure 2's Lin. Neg.
+        None  # l in eq. (11); default: figure 2's Lin. Neg. at -0.6
     )
     neg_until: float = 0.5  # share of the epochs over which l rises to 0; inf: it stays
     lam: float = 0.25  # lambda in eq. (9), in standard deviations of the N rewards
@@ -78,25 +75,20 @@ class Args:
 
     def __post_init__(self):
         neg_clip = self.neg_clip or 0.0
-        rates = [self.lam, self.policy_lr, self.grad_clip, self.neg_until]
         rules = {
-            "--num-seeds must be at least 1": self.num_seeds >= 1,
             "--lam, --policy-lr, --grad-clip and --neg-until must be above 0": (
-                min(rates) > 0
+                min(self.lam, self.policy_lr, self.grad_clip, self.neg_until) > 0
             ),
+            "--num-seeds must be at least 1": self.num_seeds >= 1,
             "--epochs must be at least 1": self.epochs is None or self.epochs >= 1,
             "--num-samples must be at least 2": self.num_samples >= 2,
             "--noise must be at least 0": self.noise >= 0,
-            "--seed must be at least 0, and the last seed below 2^32": (
-                0 <= self.seed <= 2**32 - self.num_seeds
-            ),
+            "--seed must be in [0, 2^32 - S]": 0 <= self.seed <= 2**32 - self.num_seeds,
             "--eps-kl must be in (0, log N)": (
                 self.eps_kl is None or 0 < self.eps_kl < math.log(self.num_samples)
             ),
             "--neg-clip must be at most 0": neg_clip <= 0,
-            "--neg-clip is for linear and square": (
-                neg_clip == 0 or self.weighting != "exp"
-            ),
+            "--neg-clip is not for exp": neg_clip == 0 or self.weighting != "exp",
         }
         for rule, holds in rules.items():
             if not holds:
@@ -119,22 +111,11 @@ class Landscape(NamedTuple):
         """R(a), elementwise."""
         total = 0.0
         for i in range(2):
-            z = (a - self.middle[i]) / self.width[i]
-            total += self.height[i] * jnp.exp(-(z**2) / 2)
+            scaled = (a - self.middle[i]) / self.width[i]
+            total += self.height[i] * jnp.exp(-(scaled**2) / 2)
         return total
 
-    def best(self):
-        """max R over the box, on a grid of step 0.001."""
-        return self.reward(jnp.linspace(-BOX, BOX, 4001)).max()
 
-
-ESCAPE = Landscape(
-    middle=np.float32([-1, 1.5]),
-    height=np.float32([0.7, 1]),
-    width=np.float32([0.4, 0.4]),
-    start_mean=-1.0,
-    start_std=0.8,
-)
 BROAD = Landscape(
     middle=np.float32([-1, 1]),
     height=np.float32([1, 1]),
@@ -142,8 +123,17 @@ BROAD = Landscape(
     start_mean=0.0,
     start_std=0.6,
 )
-SHARP = BROAD._replace(width=np.float32([0.03, 0.03]))
-LANDSCAPES = {"escape": ESCAPE, "broad": BROAD, "sharp": SHARP}
+LANDSCAPES = {
+    "escape": Landscape(
+        middle=np.float32([-1, 1.5]),
+        height=np.float32([0.7, 1]),
+        width=np.float32([0.4, 0.4]),
+        start_mean=-1.0,
+        start_std=0.8,
+    ),
+    "broad": BROAD,
+    "sharp": BROAD._replace(width=np.float32([0.03, 0.03])),
+}
 
 
 # ---- networks ------------------------------------------------------------------------
@@ -183,8 +173,8 @@ def flow_sample(theta, num_samples, key):
     """Euler steps of da/dt = velocity, t from 1 to 0 -> a0 [num_samples] in the box."""
 
     def euler(a_t, t):
-        a0 = a_t - t * flow_velocity(theta, a_t, t)
-        a0 = jnp.clip(a0, -1e3, 1e3)  # repulsion can blow it up (section 3.4, case II)
+        # repulsion can blow the velocity up (section 3.4, case II)
+        a0 = jnp.clip(a_t - t * flow_velocity(theta, a_t, t), -1e3, 1e3)
         return a_t - (a_t - a0) / t / SAMPLING_STEPS, None
 
     times = jnp.arange(SAMPLING_STEPS, 0, -1) / SAMPLING_STEPS
@@ -193,27 +183,25 @@ def flow_sample(theta, num_samples, key):
 
 
 # ---- weights -------------------------------------------------------------------------
-METHODS = {  # (weighting, negative weights): name in the CSV files, name in the paper
-    ("linear", False): ("linear", "Linear"),
-    ("square", False): ("square", "Square"),
-    ("exp", False): ("exp", "Exp"),
-    ("linear", True): ("linear_neg", "Lin. Neg."),
-    ("square", True): ("square_neg", "Sqr. Neg."),
+METHODS = {  # name in the CSV files, name in the paper
+    "linear": "Linear",
+    "square": "Square",
+    "exp": "Exp",
+    "linear_neg": "Lin. Neg.",
+    "square_neg": "Sqr. Neg.",
 }
 
 
-def curve_flags(args, figure):
-    """Flags of a figure's curves: those of the paper, or the one of --weighting."""
-    if args.weighting != "all":
-        return [args]
+def figure_curves(args, figure):
+    """[(weighting, l)] of a figure's curves: the paper's, or the one of --weighting."""
     neg_clip = args.neg_clip
+    if args.weighting != "all":
+        return [(args.weighting, neg_clip or 0.0)]
     if neg_clip is None and figure == "2":
-        neg_clip = FIGURE_2_CLIP
-    curves = []
-    for weighting in ("linear", "square", "exp"):
-        curves.append(dataclasses.replace(args, weighting=weighting, neg_clip=0.0))
+        neg_clip = -0.6  # differs from paper: (3)
+    curves = [("linear", 0.0), ("square", 0.0), ("exp", 0.0)]
     if neg_clip:
-        curves.append(dataclasses.replace(args, weighting="linear", neg_clip=neg_clip))
+        curves.append(("linear", neg_clip))
     return curves
 
 
@@ -228,7 +216,7 @@ def sample_weights(weighting, neg_clip, q, lam):
 
 
 # ---- update --------------------------------------------------------------------------
-class Learner(NamedTuple):
+class State(NamedTuple):
     """Everything that training changes."""
 
     theta: list  # velocity network
@@ -266,8 +254,8 @@ def fit_flow(theta, opt, optimiser, draw, num_steps, key):
 
 
 @functools.partial(jax.jit, static_argnames="args")
-def init_learners(args, landscape, keys):
-    """A Learner for each of keys [S], with a leading axis S: policies that unweighted
+def init_states(args, landscape, keys):
+    """A State for each of keys [S], with a leading axis S: policies that unweighted
     matching has fitted to the landscape's initial Gaussian."""
     adam = optax.adam(optax.cosine_decay_schedule(3e-3, 1000))
 
@@ -279,7 +267,7 @@ def init_learners(args, landscape, keys):
         k_net, k_fit = jax.random.split(jax.random.fold_in(key, INIT))
         theta = init_mlp(k_net, [4, args.hidden_dim, args.hidden_dim, 1])
         theta, _ = fit_flow(theta, adam.init(theta), adam, draw, 1000, k_fit)
-        return Learner(
+        return State(
             theta=theta,
             opt=flow_optimiser(args).init(theta),
             log_lam=jnp.log(args.lam),
@@ -289,18 +277,18 @@ def init_learners(args, landscape, keys):
 
 
 @functools.partial(jax.jit, static_argnames="args")
-def train_epoch(args, landscape, learners, keys, epoch, epochs):
-    """Algorithm 1, epoch number `epoch` of `epochs`, for all seeds: learners and keys
-    have a leading axis S -> learners, samples [S, N] of their policies before it."""
+def train_epoch(args, landscape, states, keys, epoch, epochs):
+    """Algorithm 1, epoch number `epoch` of `epochs`, for all seeds: states and keys
+    have a leading axis S -> states, samples [S, N] of their policies before it."""
     progress = epoch / epochs
     neg_clip = 0.0
     if args.neg_clip:  # differs from paper: (3), it rises to 0
         neg_clip = args.neg_clip * jnp.maximum(1 - progress / args.neg_until, 0.0)
 
-    def train(learner, key):
+    def train(state, key):
         key = jax.random.fold_in(jax.random.fold_in(key, TRAIN), epoch)
         k_sample, k_noise, k_fit = jax.random.split(key, 3)
-        theta, opt, log_lam = learner
+        theta, opt, log_lam = state
 
         # stage I: samples and their weights
         a0 = flow_sample(theta, args.num_samples, k_sample)
@@ -319,35 +307,39 @@ def train_epoch(args, landscape, learners, keys, epoch, epochs):
 
         adam = flow_optimiser(args)
         theta, opt = fit_flow(theta, opt, adam, draw, args.grad_steps, k_fit)
-        return Learner(theta=theta, opt=opt, log_lam=log_lam), a0
+        return State(theta, opt, log_lam), a0
 
-    return jax.vmap(train)(learners, keys)
+    return jax.vmap(train)(states, keys)
 
 
 # ---- evaluation ----------------------------------------------------------------------
 @jax.jit
-def final_samples(learners, keys):
+def final_samples(states, keys):
     """Samples [S, FINAL_SAMPLES] of S policies."""
 
     def sample(theta, key):
         return flow_sample(theta, FINAL_SAMPLES, jax.random.fold_in(key, FINAL))
 
-    return jax.vmap(sample)(learners.theta, keys)
+    return jax.vmap(sample)(states.theta, keys)
 
 
-def train_curve(args, landscape, learners, keys, epochs):
+def train_curve(args, landscape, states, keys, epochs):
     """Trains S policies -> regret [epochs + 1, S] before each epoch and at the end, and
     the final samples [S, FINAL_SAMPLES], which give the last row."""
     samples = []
-    for epoch in tqdm(range(epochs), leave=False, disable=None):
-        learners, a0 = train_epoch(args, landscape, learners, keys, epoch, epochs)
-        samples.append(np.asarray(a0))
-    samples.append(np.asarray(final_samples(learners, keys)))
-    rewards = [landscape.reward(a0).mean(axis=-1) for a0 in samples]
-    regret = np.asarray(landscape.best() - np.array(rewards))
-    if not np.isfinite(regret).all():
+    for epoch in range(epochs):
+        states, a0 = train_epoch(args, landscape, states, keys, epoch, epochs)
+        samples.append(a0)
+    final = np.asarray(final_samples(states, keys))
+    best = landscape.reward(GRID).max()
+
+    def regret_of(a0):
+        return best - landscape.reward(a0).mean(axis=-1)
+
+    regret = np.vstack([regret_of(np.array(samples)), regret_of(final)])
+    if np.isnan(regret).any():
         raise SystemExit(f"error: {args.weighting} diverged; lower --policy-lr")
-    return regret, samples[-1]
+    return regret, final
 
 
 def summarise(landscape, regret, final):
@@ -357,9 +349,10 @@ def summarise(landscape, regret, final):
     at_best is the share of seeds whose last regret is nearer to the best optimum's than
     to the lower one's; nan where both are best."""
     gap = landscape.height[1] - landscape.height[0]
+    at_best = np.mean(regret[-1] < gap / 2) if gap else math.nan
     average = regret.mean(axis=0)
     return (
-        np.mean(regret[-1] < gap / 2) if gap > 0 else math.nan,
+        at_best,
         regret[-1].mean(),
         sem(regret[-1]),
         average.mean(),
@@ -374,42 +367,46 @@ def draw_figure(path, regrets, starts):
     and samples of the initial policies {landscape: [any]}."""
     fig = Figure((10, 3.6 * len(regrets)), layout="constrained")
     axes = fig.subplots(len(regrets), 2, squeeze=False)
-    for (left, right), name in zip(axes, regrets, strict=True):
-        density = "density of the initial policy,\nclipped to the box (grey)"
-        left.set(xlabel="action a", ylabel=density, title=name)
+    for i, name in enumerate(regrets):
+        left, right = axes[i]
+        left.set(
+            title=name,
+            xlabel="action a",
+            ylabel="density of the initial policy,\nclipped to the box (grey)",
+        )
         left.hist(starts[name], bins=50, density=True, color="0.8")
         reward = left.twinx()  # an axis of its own
-        a = np.linspace(-BOX, BOX, 1001)
-        reward.plot(a, LANDSCAPES[name].reward(a), color="black")
+        reward.plot(GRID, LANDSCAPES[name].reward(GRID), color="black")
         reward.set(ylabel="reward R(a) (black)", ylim=0)
 
         right.set_prop_cycle(color="brgm", linestyle=["-", "--", ":", "-"])
-        for label, regret in regrets[name].items():
+        for method, regret in regrets[name].items():
             mean = regret.mean(axis=1)
             error = sem(regret, axis=1)
-            right.plot(mean, label=label)
-            epochs = range(len(mean))
-            right.fill_between(epochs, mean - error, mean + error, alpha=0.2)
-        title = f"{regret.shape[1]} seeds, +- standard error"
-        right.set(xlabel="epoch", ylabel="regret max R - E R", title=title)
+            right.plot(mean, label=METHODS[method])
+            right.fill_between(range(len(mean)), mean - error, mean + error, alpha=0.2)
+        right.set(
+            title=f"{regret.shape[1]} seeds, +- standard error",
+            xlabel="epoch",
+            ylabel="regret max R - E R",
+        )
         right.set_yscale("linear" if name == "escape" else "log")
         right.legend()
     fig.savefig(path, dpi=90)
 
 
 # ---- main ----------------------------------------------------------------------------
-def make_run_dir(args):
+def create_run_dir(args):
     """A new folder with args.json and versions.json."""
-    name = f"bandit__simpo_bandit__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
+    default = f"runs/bandit__simpo_bandit__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.run_dir or default)
     if run_dir.exists():
         raise SystemExit(f"error: {run_dir} exists")
     run_dir.mkdir(parents=True)
     git = f"git -C '{Path(__file__).parent}' rev-parse HEAD"
     status, commit = subprocess.getstatusoutput(git)
-    versions = {package: version(package) for package in PACKAGES}
-    versions["commit"] = commit if status == 0 else None
-    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+    versions = {"jax": jax.__version__, "commit": None if status else commit}
+    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
     (run_dir / "versions.json").write_text(json.dumps(versions, indent=2))
     return run_dir
 
@@ -418,7 +415,7 @@ def main():
     # --- Flags, files and the keys of the seeds ---
     jax.config.update("jax_default_matmul_precision", "float32")
     args = tyro.cli(Args)
-    run_dir = make_run_dir(args)
+    run_dir = create_run_dir(args)
     curves = (run_dir / "curves.csv").open("w", buffering=1)  # a line at once
     summary = (run_dir / "summary.csv").open("w", buffering=1)
     print("landscape,method,seed,epoch,regret", file=curves)
@@ -427,8 +424,8 @@ def main():
         "at_best,final_regret,final_se,mean_regret,mean_se,final_spread"
     )
     print(header, file=summary)
-    print(f"run folder {run_dir}\n{header}", flush=True)
-    seeds = np.arange(args.seed, args.seed + args.num_seeds, dtype=np.uint32)
+    print(f"run folder {run_dir}\n{header}")
+    seeds = args.seed + np.arange(args.num_seeds, dtype=np.uint32)
     keys = jax.vmap(jax.random.key)(seeds)
 
     for figure in LANDSCAPES_OF if args.figure == "all" else [args.figure]:
@@ -438,22 +435,26 @@ def main():
         for name in LANDSCAPES_OF[figure]:
             # --- Initial policies ---
             landscape = LANDSCAPES[name]
-            learners = init_learners(args, landscape, keys)
-            starts[name] = np.ravel(final_samples(learners, keys))
+            states = init_states(args, landscape, keys)
+            starts[name] = np.ravel(final_samples(states, keys))
 
             # --- Train all seeds of a method, and write its curve ---
             regrets[name] = {}
-            for flags in curve_flags(args, figure):
-                method, label = METHODS[flags.weighting, bool(flags.neg_clip)]
-                regret, final = train_curve(flags, landscape, learners, keys, epochs)
-                regrets[name][label] = regret
+            for weighting, neg_clip in figure_curves(args, figure):
+                method = f"{weighting}_neg" if neg_clip else weighting
+                curve = dataclasses.replace(
+                    args, weighting=weighting, neg_clip=neg_clip
+                )
+                regret, final = train_curve(curve, landscape, states, keys, epochs)
+                regrets[name][method] = regret
                 for (i, epoch), value in np.ndenumerate(regret.T):
-                    row = f"{name},{method},{seeds[i]},{epoch},{value:.6f}"
-                    print(row, file=curves)
-                row = [name, method, args.num_seeds]
-                row += [f"{x:.4f}" for x in summarise(landscape, regret, final)]
-                print(*row, sep=",", file=summary)
-                print(*row, sep=",", flush=True)
+                    print(
+                        f"{name},{method},{seeds[i]},{epoch},{value:.6f}", file=curves
+                    )
+                numbers = [f"{x:.4f}" for x in summarise(landscape, regret, final)]
+                row = f"{name},{method},{args.num_seeds},{','.join(numbers)}"
+                print(row, file=summary)
+                print(row, flush=True)
 
         # --- Draw ---
         draw_figure(run_dir / f"figure{figure}.png", regrets, starts)

@@ -13,7 +13,7 @@ import numpy as np
 
 from dna.data import REWARD, site_shares
 
-CONCENTRATION = 0.5  # of a factor: even odds at twice the mean odds of chance
+BOUND_AT = 7.0  # log-odds of a site that is bound half of the time
 
 
 def read_motifs(path, part):
@@ -105,27 +105,24 @@ def site_log_odds(motifs, x, shares):
     return jnp.where(fits[None, :, None], match, -jnp.inf)
 
 
-def motif_features(motifs, x):
-    """Occupancy of each factor, log(1 + CONCENTRATION mean_sites ratio): [B, F].
+def motif_features(motifs, x, bound_at=BOUND_AT):
+    """Chance that a factor is bound to at least one site, of each factor: [B, F].
 
-    ratio = p(site | motif) / p(site), where p(site) is the larger of two: with the
-    shares of the bases in that sequence, so that the mean is at most 1 for random
-    letters, whatever their shares; and with uniform shares, so that a site earns no
-    more where its bases are made rare.
+    A site is bound with chance sigmoid(log ratio - bound_at), where ratio is
+    p(site | motif) / p(site) and p(site) the larger of two: with the shares of the
+    bases in that sequence, so that random letters earn little, whatever their shares;
+    and with uniform shares, so that a site earns no more where its bases are rare.
     """
     own = site_log_odds(motifs, x, own_shares(x))
     uniform = site_log_odds(motifs, x, uniform_shares(x))
     log_odds = jnp.minimum(own, uniform)
-    starts = x.shape[1] - motifs["width"] + 1
-    num_sites = 2.0 * jnp.maximum(starts, 1)  # on both strands
-    log_sum = jax.nn.logsumexp(log_odds, axis=(1, 2))
-    log_mean = log_sum - jnp.log(num_sites)[None]
-    return jax.nn.softplus(log_mean + jnp.log(CONCENTRATION))
+    log_free = jax.nn.log_sigmoid(bound_at - log_odds)  # 0 where no site fits
+    return -jnp.expm1(jnp.sum(log_free, axis=(1, 2)))
 
 
 @jax.jit
 def motif_score(motifs, x):
-    """A linear model of the standardised occupancies: x [B, L] -> [B].
+    """A linear model of the standardised chances to be bound: x [B, L] -> [B].
 
     In motif_reward.json the logit of accessibility in HepG2 against K562.
     """

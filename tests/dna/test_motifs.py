@@ -39,12 +39,15 @@ def sites_by_hand(counts, x, shares):
     return np.array(found)
 
 
-def occupancy_by_hand(counts, x):
+def bound_by_hand(counts, x):
+    """Chance that at least one site is bound, each with even odds at e^7."""
     own = (np.bincount(x, minlength=4) + 1) / (len(x) + 4)
-    log_odds = np.minimum(
-        sites_by_hand(counts, x, own), sites_by_hand(counts, x, UNIFORM)
-    )
-    return np.log(1 + 0.5 * np.mean(np.exp(log_odds)))
+    free = 1.0
+    by_own = sites_by_hand(counts, x, own)
+    by_uniform = sites_by_hand(counts, x, UNIFORM)
+    for log_odds in np.minimum(by_own, by_uniform):
+        free *= 1 - 1 / (1 + np.exp(7 - log_odds))
+    return 1 - free
 
 
 def hits_by_hand(counts, x):
@@ -61,7 +64,7 @@ def test_the_motif_reward_against_loops(part):
     scores = []
     hits = []
     for row in x:
-        features = [occupancy_by_hand(counts, row) for counts in motifs["pfm_counts"]]
+        features = [bound_by_hand(counts, row) for counts in motifs["pfm_counts"]]
         z = (np.array(features) - motifs["mean"]) / motifs["sd"]
         scores.append(z @ motifs["w"][:-1] + motifs["w"][-1])
         hits.append([hits_by_hand(counts, row) for counts in motifs["pfm_counts"]])
@@ -75,7 +78,8 @@ def test_the_motif_reward_against_loops(part):
 
 @PARTS
 def test_composition_earns_nothing(part):
-    """Medians of random letters, 5 to 95 % G + C, within 0.3 sd of the real scores."""
+    """Medians of random letters, 5 to 95 % G + C, span 0.4 sd of the real scores, and
+    0.01 sd are the error of 2,000 letters."""
     params = load_motifs(part=part)
     rng = np.random.default_rng(1)
     medians = []
@@ -83,13 +87,14 @@ def test_composition_earns_nothing(part):
         p = np.array([1 - gc, gc, gc, 1 - gc]) / 2
         x = rng.choice(4, (2000, 200), p=p)
         medians.append(np.median(motif_score(params, x)))
-    assert np.ptp(medians) <= 0.3 * json.loads(REWARD.read_text())[part]["score_sd"]
+    score_sd = json.loads(REWARD.read_text())[part]["score_sd"]
+    assert np.ptp(medians) <= 0.41 * score_sd
 
     x = generate_data(2000).x
     shuffled = shuffle_dinucleotides(x, rng)
     q = np.asarray(motif_score(params, x.astype(np.int32)))
     q_shuffled = np.asarray(motif_score(params, shuffled.astype(np.int32)))
-    assert np.median(q[1::2]) > np.median(q_shuffled) + 3  # sites do
+    assert np.median(q[1::2]) > np.median(q_shuffled) + 2  # sites do
 
 
 @PARTS
@@ -110,7 +115,7 @@ def test_a_site_earns_no_more_where_its_bases_are_rare(part):
 
 
 @pytest.mark.skipif(not SITES.exists(), reason="real sites are not part of the project")
-@pytest.mark.parametrize("part,auc", [("ft", 0.890), ("eval", 0.894)])
+@pytest.mark.parametrize("part,auc", [("ft", 0.896), ("eval", 0.901)])
 def test_the_motif_reward_on_real_sites(part, auc):
     with gzip.open(SITES, "rt") as file:
         rows = list(csv.DictReader(file))
@@ -123,6 +128,35 @@ def test_the_motif_reward_on_real_sites(part, auc):
     assert found == pytest.approx(auc, abs=6e-4)
     score_sd = json.loads(REWARD.read_text())[part]["score_sd"]
     assert q.std() == pytest.approx(score_sd, abs=2e-3)
+
+
+@PARTS
+def test_sites_saturate(part):
+    """Nine more sites of a factor add less than a fifth of the first, and the best
+    sites of all factors stay below the ceiling."""
+    motifs = json.loads(REWARD.read_text())[part]
+    params = load_motifs(part=part)
+    w = np.array(motifs["w"])
+    best = np.where(w[:-1] > 0, 1, 0) - np.array(motifs["mean"])
+    ceiling = best / motifs["sd"] @ w[:-1] + w[-1]
+    f = int(np.argmax(w[:-1]))
+    site = np.argmax(motifs["pfm_counts"][f], axis=0)
+    scores = []
+    for number in (0, 1, 10):
+        x = np.random.default_rng(2).choice(4, (500, 200))
+        for i in range(number):
+            x[:, 19 * i : 19 * i + len(site)] = site
+        scores.append(np.median(motif_score(params, x)))
+    first, more = np.diff(scores)
+    assert first > 5 * more > -first
+    everything = np.random.default_rng(3).choice(4, (500, 200))
+    start = 0
+    for counts, weight in zip(motifs["pfm_counts"], w[:-1], strict=True):
+        site = np.argmax(counts, axis=0)
+        if weight > 0:
+            everything[:, start : start + len(site)] = site
+            start += len(site)
+    assert 0.5 * ceiling < np.median(motif_score(params, everything)) < ceiling
 
 
 ACG = [[9, 0, 0], [0, 9, 0], [0, 0, 9], [0, 0, 0]]

@@ -46,9 +46,20 @@ def naive_mish(x):
 
 def naive_mlp(layers, x):
     """Mish between layers, in float64, on inputs joined beforehand."""
-    for layer in layers[:-1]:
-        x = naive_mish(x @ np.float64(layer["w"]) + np.float64(layer["b"]))
-    return x @ np.float64(layers[-1]["w"]) + np.float64(layers[-1]["b"])
+    *hidden, last = jax.tree.map(np.float64, layers)
+    for layer in hidden:
+        x = naive_mish(x @ layer["w"] + layer["b"])
+    return x @ last["w"] + last["b"]
+
+
+def join(*parts):
+    return np.concatenate(parts, axis=-1)
+
+
+def each_sample(obs, a0):
+    """obs [B, o], a0 [B, N, d] -> [B, N, o]."""
+    _, n, _ = a0.shape
+    return np.repeat(obs[:, None], n, axis=1)
 
 
 def naive_velocity(theta, obs, a_t, t):
@@ -56,10 +67,8 @@ def naive_velocity(theta, obs, a_t, t):
     frequency = 10_000.0 ** -np.linspace(0, 1, 8)
     t = np.broadcast_to(t, a_t.shape[:-1])[..., None]
     phase = (t + 1.0) * frequency
-    embedding = np.concatenate([np.sin(phase), np.cos(phase)], axis=-1)
-    time = naive_mlp(theta["time"], embedding)
-    obs = np.broadcast_to(obs[:, None], (*a_t.shape[:-1], obs.shape[-1]))
-    return naive_mlp(theta["net"], np.concatenate([obs, a_t, time], axis=-1))
+    time = naive_mlp(theta["time"], join(np.sin(phase), np.cos(phase)))
+    return naive_mlp(theta["net"], join(each_sample(obs, a_t), a_t, time))
 
 
 @functools.cache
@@ -71,7 +80,8 @@ def tiny_state():
     rng = np.random.default_rng(1)
 
     def shake(x):
-        return x + rng.normal(scale=0.3, size=x.shape).astype(np.float32)
+        noise = rng.normal(scale=0.3, size=x.shape)
+        return x + np.float32(noise)
 
     return state._replace(
         theta=jax.tree.map(shake, state.theta),
@@ -93,7 +103,7 @@ def random_batch(seed=2, b=6, n=4):
 
 def test_mish_and_its_gradient():
     ends = [-1e4, -100, -88, 88, 100, 1e4, 1e20]
-    x = np.float32(np.concatenate([np.linspace(-30, 30, 601), ends]))
+    x = join(np.linspace(-30, 30, 601), np.float32(ends)).astype(np.float32)
     assert_allclose(mish(x), naive_mish(x), rtol=2e-6, atol=1e-12)
     slope = jax.vmap(jax.grad(mish))(x)
     x = np.float64(x)
@@ -110,8 +120,9 @@ def test_mlp_and_its_initialisation():
     for layer in layers:
         assert not layer["b"].any()
         std = len(layer["w"]) ** -0.5
-        assert float(layer["w"].std()) == pytest.approx(std, rel=0.05)
-    x = np.random.default_rng(4).normal(size=(2, 5, 40)).astype(np.float32)
+        assert_allclose(layer["w"].std(), std, rtol=0.05)
+    rng = np.random.default_rng(4)
+    x = np.float32(rng.normal(size=(2, 5, 40)))
     expected = naive_mlp(layers, x)
     assert_allclose(mlp(layers, x), expected, rtol=1e-4, atol=1e-5)
 
@@ -119,9 +130,8 @@ def test_mlp_and_its_initialisation():
 def test_q_values_are_plain_networks_of_obs_and_act():
     critics = tiny_state().critics
     obs, act, _ = random_batch()
-    all_obs = np.broadcast_to(obs[:, None], (6, 4, 5))
-    joined = np.concatenate([all_obs, act], axis=-1)
-    expected = np.stack([naive_mlp(net, joined)[..., 0] for net in critics])
+    inputs = join(each_sample(obs, act), act)
+    expected = np.stack([naive_mlp(net, inputs) for net in critics])[..., 0]
     assert np.abs(expected[0] - expected[1]).min() > 1e-4  # two networks
     q = q_values(critics, obs, act)
     assert_allclose(q, expected, rtol=1e-4, atol=1e-5)
@@ -130,7 +140,7 @@ def test_q_values_are_plain_networks_of_obs_and_act():
 def test_velocity_is_a_plain_network_of_obs_action_and_time():
     theta = tiny_state().theta
     obs, a_t, _ = random_batch()
-    velocity = jax.jit(lambda a_t, t: policy_velocity(theta, obs, T)(a_t, t))
+    velocity = jax.jit(policy_velocity(theta, obs, T))
     each = np.random.default_rng(5).integers(T, size=(6, 4))
     for t in (0, 1, T - 1, each):
         expected = naive_velocity(theta, obs, a_t, t)
@@ -155,11 +165,11 @@ def test_schedule_is_table_4(num_levels):
     alpha, sigma = schedule(num_levels)
     s = np.arange(num_levels + 1) / num_levels
     f = np.cos((s + 0.008) / 1.008 * np.pi / 2) ** 2
-    assert_allclose(alpha[:-1] ** 2, f[1:-1] / f[0], rtol=1e-6)
-    assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-12)
-    before_last = np.append(1.0, alpha**2)[-2]
-    # f would end at 0: beta is bounded
-    assert alpha[-1] ** 2 == pytest.approx(0.001 * before_last, rel=1e-6)
+    bar = alpha**2
+    assert_allclose(bar[:-1], f[1:-1] / f[0], rtol=1e-6)
+    assert_allclose(bar + sigma**2, 1, rtol=1e-12)
+    before_last = np.append(1.0, bar)[-2]
+    assert_allclose(bar[-1], 0.001 * before_last)  # f would end at 0: beta is bounded
 
 
 def test_velocity_and_a0_are_inverses_at_every_level():
@@ -184,7 +194,8 @@ def test_levels_visited_are_distinct_and_hold_both_ends(sampler):
             assert levels.t[-1] == num_levels - 1
             assert_array_equal(levels.alpha, alpha[levels.t])
             assert_array_equal(levels.sigma, sigma[levels.t])
-    assert list(levels_of(sampler, 20, 5).t) == [0, 2, 7, 12, 19]
+    levels = levels_of(sampler, 20, 5)
+    assert_array_equal(levels.t, [0, 2, 7, 12, 19])
 
 
 def step_down(levels, a0, last, a_t):
@@ -194,15 +205,18 @@ def step_down(levels, a0, last, a_t):
 @pytest.mark.parametrize("visited", [2, 6, 20])
 def test_ddpm_steps_are_those_of_the_paper(visited):
     """The product of q(a_s | a0) and q(a_t | a_s), with s the level visited next."""
-    a_t, a0, last = np.random.default_rng(14).normal(size=(3, visited))
+    rng = np.random.default_rng(14)
+    a_t, a0, last = rng.normal(size=(3, visited))
     levels = levels_of("ddpm", 20, visited)
     bar = levels.alpha**2
     bar_next = np.append(1.0, bar[:-1])
     beta = 1 - bar / bar_next
     with np.errstate(divide="ignore", invalid="ignore"):  # the last step is exact
         precision = 1 / (1 - bar_next) + (1 - beta) / beta
-        mean = bar_next**0.5 / (1 - bar_next) * a0 + (1 - beta) ** 0.5 / beta * a_t
-        expected = np.append(a0[0], (mean / precision)[1:])
+        from_a0 = bar_next**0.5 / (1 - bar_next) * a0
+        from_a_t = (1 - beta) ** 0.5 / beta * a_t
+        mean = (from_a0 + from_a_t) / precision
+    expected = np.append(a0[0], mean[1:])
     assert_allclose(step_down(levels, a0, last, a_t), expected, atol=1e-5)
     std = np.append(0, beta[1:] ** 0.5)
     assert_allclose(levels.std, std, atol=1e-6)
@@ -211,7 +225,8 @@ def test_ddpm_steps_are_those_of_the_paper(visited):
 @pytest.mark.parametrize("visited", [2, 6, 20])
 def test_dpm2_steps_are_those_of_the_paper(visited):
     """Algorithm 2 in its exponential form, of first order at both ends."""
-    a_t, a0, last = np.random.default_rng(14).normal(size=(3, visited))
+    rng = np.random.default_rng(14)
+    a_t, a0, last = rng.normal(size=(3, visited))
     levels = levels_of("dpm2", 20, visited)
     alpha = np.append(1.0, levels.alpha)
     sigma = np.append(0.0, levels.sigma)
@@ -223,9 +238,9 @@ def test_dpm2_steps_are_those_of_the_paper(visited):
         mix = a0[i]
         if 0 < i < visited - 1:
             r = (log_snr[i + 1] - log_snr[i + 2]) / h
-            mix = (1 + 1 / (2 * r)) * a0[i] - last[i] / (2 * r)
-        a_s = sigma[i] / sigma[i + 1] * a_t[i] - alpha[i] * np.expm1(-h) * mix
-        expected.append(a_s)
+            mix = a0[i] + (a0[i] - last[i]) / (2 * r)
+        ratio = sigma[i] / sigma[i + 1]
+        expected.append(ratio * a_t[i] - alpha[i] * np.expm1(-h) * mix)
     assert_allclose(step_down(levels, a0, last, a_t), expected, atol=1e-5)
     assert not levels.std.any()
 
@@ -262,13 +277,15 @@ def moments_after(levels, mean, std):
     cov = np.diag([1.0, 0.0])
     for i in reversed(range(len(levels.t))):
         alpha = levels.alpha[i]
+        sigma = levels.sigma[i]
         coef_a0 = levels.coef_a0[i]
-        gain = alpha * std**2 / (alpha**2 * std**2 + levels.sigma[i] ** 2)
+        gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
         rest = mean - gain * alpha * mean  # E[a0 | a_t] = gain a_t + rest
         row = [coef_a0 * gain + levels.coef_at[i], levels.coef_last[i]]
         step = np.array([row, [gain, 0]])
         moment = step @ moment + np.array([coef_a0 * rest, rest])
-        cov = step @ cov @ step.T + np.diag([levels.std[i] ** 2, 0])
+        noise = np.diag([levels.std[i] ** 2, 0])
+        cov = step @ cov @ step.T + noise
     return moment[1], cov[1, 1] ** 0.5
 
 
@@ -333,7 +350,8 @@ def test_matching_loss_equals_a_second_evaluation(monkeypatch):
     target = alpha * noise - sigma * a0
     error = (naive_velocity(theta, obs, a_t, t) - target) ** 2
     assert 0.02 < np.mean(error > BOUND) < 0.5  # each dimension has its own bound
-    expected = np.mean(w * np.sum(np.minimum(error, BOUND), axis=-1))
+    error = np.minimum(error, BOUND).sum(axis=-1)
+    expected = np.mean(w * error)
     assert float(loss) == pytest.approx(expected, rel=1e-4)
 
     # t is uniform on all T levels, the noise standard normal, new for each sample

@@ -1,7 +1,8 @@
-"""`update`: its programs, schedule, targets and weighted samples, two devices, a probe problem."""
+"""`update`: recorded values, programs, targets, weighted samples, a probe problem."""
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,249 +11,468 @@ import pytest
 import tyro
 from conftest import POINT
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.testing import assert_allclose, assert_array_equal
 
 import simpo_mujoco
 from simpo_mujoco import (
     Args,
+    Batch,
     best_action,
     init_state,
+    named_leaves,
     noise_std,
-    optimisers,
+    policy_optimiser,
     sample_actions,
     update,
+    update_critics,
     update_policy,
     weights,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
-ARGS, OBS, ACT = tyro.cli(Args, args=POINT), 3, 1
-B, N, H, LIFT = ARGS.batch_size, ARGS.num_samples, ARGS.hidden_dim, 30.0
+ARGS = tyro.cli(Args, args=POINT)
+OBS = 3
+ACT = 1
+B = ARGS.batch_size
+N = ARGS.num_samples
+H = ARGS.hidden_dim
+LIFT = 30.0  # where mish(x) = x
 KEY = jax.random.key(7)
-POLICY = "theta", "theta_opt", "log_lam"
+DATA = Path(__file__).parent / "data"
 fresh_state = jax.jit(init_state, static_argnums=(0, 1, 2))
 draw_actions = jax.jit(sample_actions, static_argnums=(0, 3))
 
 
 def places(count):
     """Shardings of the state and of a batch over so many devices."""
-    mesh = Mesh(np.array(jax.devices()[:count]), ("batch",))
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
+    devices = jax.devices()[:count]
+    mesh = Mesh(devices, "batch")
+    whole = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec("batch"))
+    return whole, split
 
 
-def rows(obs, next_obs, act, reward, terminated):
-    """Replay rows [B, 9] of columns that are scalars or [B]; observations are [x, 0, 1]."""
-    x, y, *rest = (np.broadcast_to(c, B) for c in (obs, next_obs, act, reward, terminated))
-    return np.float32([x, 0 * x, 1 + 0 * x, y, 0 * y, 1 + 0 * y, *rest]).T
+def batch_of(x, next_x, act, reward, terminated):
+    """A batch of scalars or [B]; an observation is [x, 0, 1]."""
+    zero = np.zeros(B, np.float32)
+    x = zero + np.float32(x)
+    next_x = zero + np.float32(next_x)
+    act = zero + np.float32(act)
+    return Batch(
+        obs=np.stack([x, zero, zero + 1], axis=1),
+        next_obs=np.stack([next_x, zero, zero + 1], axis=1),
+        act=act[:, None],
+        reward=zero + np.float32(reward),
+        terminated=zero + np.float32(terminated),
+    )
 
 
-def random_rows(seed):
+def start(seed=0):
+    """A state for ARGS."""
+    return fresh_state(ARGS, OBS, ACT, jax.random.key(seed))
+
+
+def random_batch(seed):
     rng = np.random.default_rng(seed)
-    return rows(*rng.normal(size=(2, B)), rng.uniform(-1, 1, B), rng.normal(size=B), seed % 5 == 0)
+    x, next_x, reward = rng.normal(size=(3, B))
+    act = rng.uniform(-1, 1, B)
+    return batch_of(x, next_x, act, reward, seed % 5 == 0)
 
 
-def step(state, batch, count=1, delay=ARGS.policy_delay):
+def step(state, batch, count=1):
     """An update of the run's two programs -> state, metrics."""
     whole, split = places(count)
-    with_policy = int(state.step) % delay == 0
-    batch, state = jax.device_put(batch, split), jax.device_put(state, whole)
+    with_policy = int(state.step) % ARGS.policy_delay == 0
+    batch = jax.device_put(batch, split)
+    state = jax.device_put(state, whole)
     return update(ARGS, with_policy, state, batch, KEY)
 
 
 @functools.cache
 def history(count):
-    """States before and after each of 20 updates, their metrics, and the programs compiled."""
-    state, before = fresh_state(ARGS, OBS, ACT, jax.random.key(0)), update._cache_size()
-    state = state._replace(log_lam=state.log_lam - 6)  # small, so that weights are signed
-    states, metrics = [jax.device_get(state)], []
+    """States before and after each of 20 updates, metrics, programs compiled."""
+    state = start()
+    state = state._replace(log_lam=state.log_lam - 6)  # so that weights are signed
+    before = update._cache_size()
+    states = [jax.device_get(state)]
+    metrics = []
     for i in range(20):
-        state, values = step(state, random_rows(i), count)
+        state, values = step(state, random_batch(i), count)
         states.append(jax.device_get(state))
-        metrics.append({name: float(value) for name, value in values.items()})
+        metrics.append(jax.tree.map(float, values))
     return states, metrics, update._cache_size() - before
 
 
 def moved(a, b):
-    return any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+    equal = jax.tree.map(np.array_equal, a, b)
+    return not jax.tree.all(equal)
 
 
 def assert_trees_close(a, b, **tolerance):
-    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
-        np.testing.assert_allclose(x, y, **tolerance)
+    jax.tree.map(functools.partial(assert_allclose, **tolerance), a, b)
 
 
-# ---- programs, schedule, targets --------------------------------------------------------------
+# ---- recorded values -----------------------------------------------------------------
+
+# data/update_*.npz holds what the code of commit 923a669 computed: `init_state` from
+# key 3, four updates of the batches in the file from log_lam = -4 with key 7, and then
+# the actions at the first observations with that key at step 9, without and with noise;
+# every second update is with the policy.
+RECORDED = {
+    "linear": {
+        "neg_clip": -0.05,
+        "num_samples": 4,
+        "sampler": "dpm2",
+        "act_samples": 4,
+    },
+    "exp": {
+        "weighting": "exp",
+        "num_samples": 8,
+        "sampler": "ddpm",
+        "act_samples": 8,
+        "target_samples": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_updates_and_actions(name):
+    args = dataclasses.replace(ARGS, env_id="x", hidden_dim=12, neg_clip=0.0)
+    args = dataclasses.replace(args, **RECORDED[name])
+    with np.load(DATA / f"update_{name}.npz") as file:
+        recorded = dict(file)
+    state = fresh_state(args, 5, 2, jax.random.key(3))
+    for leaf, value in named_leaves(state).items():
+        if leaf.startswith((".theta[", ".critics[")):
+            assert_allclose(value, recorded[f"init{leaf}"], rtol=1e-5)
+    assert not moved(state.theta, state.theta_old)
+    assert not moved(state.critics, state.critics_target)
+
+    state = state._replace(log_lam=jnp.float32(-4))
+    for i in range(4):
+        batch = Batch(*(recorded[field][i] for field in Batch._fields))
+        with_policy = i % 2 == 0
+        state, metrics = update(args, with_policy, state, batch, KEY)
+        for metric, value in metrics.items():
+            expected = recorded[f"metric.{metric}"][i]
+            assert_allclose(value, expected, rtol=2e-4, err_msg=metric)
+        assert len(metrics) == (11 if with_policy else 3)
+    for leaf, value in named_leaves(state).items():
+        if "opt" not in leaf:
+            expected = recorded[f"end{leaf}"]
+            assert_allclose(value, expected, atol=1e-4, err_msg=leaf)
+
+    obs = recorded["obs"][0]
+    action = best_action(args, state, obs, args.act_samples, KEY, 9, 0.0)
+    assert_allclose(action, recorded["best_action"], atol=1e-3)
+    std = float(noise_std(args, int(state.step)))
+    action = best_action(args, state, obs, args.act_samples, KEY, 9, std)
+    assert_allclose(action, recorded["noisy_action"], atol=1e-3)
+
+
+# ---- programs, schedule, targets -----------------------------------------------------
 
 
 def test_two_programs_and_finite_metrics():
     states, metrics, programs = history(1)
-    assert programs == 2  # with the policy and without: nothing else makes jax trace again
+    assert programs == 2  # with the policy and without
     assert [int(state.step) for state in states] == list(range(21))
-    assert all(np.isfinite(value) for values in metrics for value in values.values())
+    for values in metrics:
+        assert np.isfinite(list(values.values())).all(), values
     first = metrics[0]
-    assert first["lam"] == pytest.approx(float(np.exp(states[1].log_lam)))
-    assert 0 < first["w_negative"] < 1 < first["w_max"] and 1 < first["ess"] < N
+    assert_allclose(first["lam"], np.exp(states[1].log_lam), rtol=1e-6)
+    assert 0 < first["w_negative"] < 1 < first["w_max"]
+    assert 1 < first["ess"] < N
 
 
 def test_what_moves_when():
     """Policy, lam and pi_old every policy_delay updates; the slow copies by tau."""
     states, metrics, _ = history(1)
-    for i, (old, new) in enumerate(zip(states[:-1], states[1:], strict=True)):
+
+    def follow(slow, fast):
+        return (1 - ARGS.tau) * slow + ARGS.tau * fast
+
+    for i in range(20):
+        old = states[i]
+        new = states[i + 1]
         due = i % ARGS.policy_delay == 0
-        assert all(moved(getattr(old, x), getattr(new, x)) == due for x in POLICY), i
-        assert ("policy_loss" in metrics[i]) == due
-        follow = lambda x, y: (1 - ARGS.tau) * x + ARGS.tau * y  # noqa: E731
-        expected = jax.tree.map(follow, old.theta_old, new.theta) if due else old.theta_old
-        assert moved(old.theta_old, new.theta_old) == due
-        assert_trees_close(new.theta_old, expected, rtol=1e-6, atol=1e-7)
+        assert moved(old.theta, new.theta) == due, i
+        assert moved(old.theta_opt, new.theta_opt) == due, i
+        assert moved(old.theta_old, new.theta_old) == due, i
+        assert moved(old.log_lam, new.log_lam) == due, i
+        assert ("policy_loss" in metrics[i]) == due, i
+        if due:
+            expected = jax.tree.map(follow, old.theta_old, new.theta)
+            assert_trees_close(new.theta_old, expected, rtol=1e-6, atol=1e-7)
+        assert moved(old.critics, new.critics)
+        assert new.critics_opt[0].count == 2 * (i + 1)
         expected = jax.tree.map(follow, old.critics_target, new.critics)
-        assert moved(old.critics, new.critics) and new.critics_opt[0].count == 2 * (i + 1)
         assert_trees_close(new.critics_target, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_batch_split_over_two_devices_changes_nothing():
     if len(jax.devices()) < 2:
         pytest.skip("needs two devices")
-    (one, metrics_one, _), (two, metrics_two, _) = history(1), history(2)
-    placed = jax.device_put(random_rows(0), places(2)[1])
-    assert [shard.data.shape[0] for shard in placed.addressable_shards] == [B // 2] * 2
-    for a, b in zip(one[:7], two[:7], strict=True):  # later Adam has amplified the rounding
-        assert_trees_close(a, b, rtol=2e-3, atol=2e-4)
-    for a, b in zip(metrics_one[:6], metrics_two[:6], strict=True):
-        assert a == pytest.approx(b, rel=1e-2, abs=1e-4)
+    _, split = places(2)
+    placed = jax.device_put(random_batch(0).obs, split)
+    for shard in placed.addressable_shards:
+        assert len(shard.data) == B // 2
+    states_one, metrics_one, _ = history(1)
+    states_two, metrics_two, _ = history(2)
+    for i in range(6):  # later Adam has amplified the rounding
+        assert_trees_close(metrics_one[i], metrics_two[i], rtol=1e-2, atol=1e-4)
+        after_one = states_one[i + 1]
+        after_two = states_two[i + 1]
+        assert_trees_close(after_one, after_two, rtol=2e-3, atol=2e-4)
 
 
 def linear_critic(slope, level):
     """A network of value level + slope x action, by the linear part of Mish."""
-    first, middle, last = np.zeros((OBS + ACT, H)), np.zeros((H, H)), np.zeros((H, 1))
-    first[OBS, 0], middle[0, 0], last[0, 0] = 1, 1, slope
-    lift = LIFT * (np.arange(H) == 0)  # where mish(x) = x
-    biases = lift, 0 * lift, 0 * lift, [level - LIFT * slope]
-    layers = zip((first, middle, middle, last), biases, strict=True)
-    return [{"w": np.float32(w), "b": np.float32(b)} for w, b in layers]
+    first = np.zeros((OBS + ACT, H))
+    middle = np.zeros((H, H))
+    last = np.zeros((H, 1))
+    first[OBS, 0] = 1
+    middle[0, 0] = 1
+    last[0, 0] = slope
+    lift = LIFT * (np.arange(H) == 0)
+    zero = np.zeros(H)
+    layers = [
+        {"w": first, "b": lift},
+        {"w": middle, "b": zero},
+        {"w": middle, "b": zero},
+        {"w": last, "b": np.array([level - LIFT * slope])},
+    ]
+    return jax.tree.map(np.float32, layers)
 
 
 def critics_of(*lines):
     return [linear_critic(*line) for line in lines]
 
 
-def test_critic_target_by_hand():
-    """r + gamma (1 - end) Q', Q' the smaller *target* critic at the best of M samples of pi_old,
-    best by the smaller *online* critic."""
-    state = fresh_state(ARGS, OBS, ACT, jax.random.key(0))
+FLAT = critics_of((0, 0), (0, 0))
+ACTION = critics_of((1, 0), (1, 0))  # reads the action off
 
-    def next_q(online, target, ended=0.0):
-        critics = {"critics": critics_of(*online), "critics_target": critics_of(*target)}
-        zero = jax.tree.map(jnp.zeros_like, state.theta)
-        copy = jax.tree.map(jnp.copy, state)._replace(theta=zero, step=jnp.int32(1), **critics)
-        metrics = step(copy, rows(0.3, 0.3, 0.1, 2.0, ended))[1]
-        q, loss = float(metrics["q"]), float(metrics["critic_loss"])
-        if not any(slope for slope, _ in target):  # the same target in every row
-            errors = [(slope * 0.1 + offset - q) ** 2 for slope, offset in online]
-            assert 0.5 * sum(errors) < loss < 0.99 * sum(errors)  # that of the second step
-        return (q - 2.0 * ARGS.reward_scale) / ARGS.gamma
 
-    flat, action = [(0, 0), (0, 0)], [(1, 0), (1, 0)]  # the latter reads the chosen action off
-    assert next_q(flat, [(0, 7), (0, 5)]) == pytest.approx(5, rel=1e-5)
-    assert next_q(flat, [(0, 7), (0, 5)], ended=1.0) == pytest.approx(0, abs=1e-5)
-    obs, m = np.float32([[0.3, 0, 1]] * B), ARGS.target_samples
-    k_next, _ = jax.random.split(jax.random.fold_in(KEY, 1))
-    k_sample, k_noise = jax.random.split(jax.random.fold_in(k_next, 0))
-    a0 = np.asarray(draw_actions(ARGS, state.theta_old, obs, m, k_sample))
-    assert m == 4 and a0.max() - a0.min() > 0.5
-    high, low = a0.max(axis=1).mean(), a0.min(axis=1).mean()
-    assert next_q([(1, 0), (1, 9)], action) == pytest.approx(high, abs=1e-4)
-    assert next_q([(1, 0), (-1, -9)], action) == pytest.approx(low, abs=1e-4)  # the smaller decides
-    state = state._replace(critics=critics_of(*action), step=jnp.int32(60))
-    best = best_action(ARGS, state, obs, m, k_next)
-    np.testing.assert_array_equal(best, a0.max(axis=1))
-    a0 = a0 + noise_std(ARGS, 60) * np.asarray(jax.random.normal(k_noise, a0.shape))
-    best = best_action(ARGS, state, obs, m, k_next, noisy=True)  # as actions are taken
-    np.testing.assert_allclose(best, a0.max(axis=1), atol=1e-5)
-    assert np.max(best) > 1.05  # the noise is not clipped
+@pytest.fixture
+def fixed_samples(monkeypatch):
+    """`sample_actions` gives the same four actions, other ones for each state."""
+    rng = np.random.default_rng(8)
+    a0 = np.float32(rng.uniform(-1, 1, (B, 4, ACT)))
+    monkeypatch.setattr(simpo_mujoco, "sample_actions", lambda *_: jnp.asarray(a0))
+    return a0
+
+
+# programs compiled with other samples, noise or loss are not those of ARGS
+OTHER = dataclasses.replace(ARGS, seed=99)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def critics_after(args, state, batch):
+    return update_critics(args, state, batch, KEY)
+
+
+def next_q(online, target, ended=0.0):
+    """The target's Q', from the metric of the mean target."""
+    state = start()
+    state = state._replace(critics=online, critics_target=target)
+    batch = batch_of(0.3, 0.3, 0.1, 2.0, ended)
+    _, metrics = critics_after(OTHER, state, batch)
+    return (float(metrics["q"]) - 2.0 * ARGS.reward_scale) / ARGS.gamma
+
+
+def test_critic_target_by_hand(fixed_samples):
+    """r + gamma (1 - end) Q', with Q' of the smaller target critic at the best of M
+    samples of pi_old, the best by the smaller online critic."""
+    assert ARGS.target_samples == 4
+    levels = critics_of((0, 7), (0, 5))
+    assert next_q(FLAT, levels) == pytest.approx(5, rel=1e-5)
+    assert next_q(FLAT, levels, ended=1.0) == pytest.approx(0, abs=1e-5)
+    high = fixed_samples.max(axis=1).mean()
+    low = fixed_samples.min(axis=1).mean()
+    rising = critics_of((1, 0), (1, 9))
+    mixed = critics_of((1, 0), (-1, -9))  # the smaller one decides
+    assert next_q(rising, ACTION) == pytest.approx(high, abs=1e-4)
+    assert next_q(mixed, ACTION) == pytest.approx(low, abs=1e-4)
+
+
+def test_critic_loss_is_that_of_the_second_step(fixed_samples):
+    state = start()
+    levels = critics_of((0, 5), (0, 5))  # the same target in every row
+    state = state._replace(critics=ACTION, critics_target=levels)
+    batch = batch_of(0.3, 0.3, 0.1, 2.0, 0.0)
+    _, metrics = critics_after(OTHER, state, batch)
+    target = 2.0 * ARGS.reward_scale + ARGS.gamma * 5
+    first_loss = 2 * (0.1 - target) ** 2  # of both critics
+    assert 0.5 * first_loss < float(metrics["critic_loss"]) < 0.99 * first_loss
+
+
+def test_best_action_is_the_best_sample_by_the_smaller_critic():
+    state = start()
+    obs = random_batch(2).obs
+    one = dataclasses.replace(OTHER, sampling_steps=2)
+    best = {}
+    for slope in (1, -1):
+        critics = critics_of((slope, 0), (slope, 9))
+        state = state._replace(critics=critics)
+        action = best_action(one, state, obs, 8, KEY, 3)
+        best[slope] = np.asarray(action)
+    assert (best[1] > best[-1]).all()
+    again = best_action(one, state, obs, 8, KEY, 3)
+    later = best_action(one, state, obs, 8, KEY, 4)
+    assert_array_equal(again, best[-1])
+    assert (np.asarray(later) != best[-1]).any()  # a step has its own samples
+
+
+def test_noise_on_actions(fixed_samples):
+    """The best of noisy samples, and not clipped: by the moments of the maximum."""
+    state = start()._replace(critics=ACTION)
+    obs = random_batch(2).obs
+    best = best_action(OTHER, state, obs, 4, KEY, 0)
+    assert_array_equal(best, fixed_samples.max(axis=1))
+    draws = []
+    for i in range(60):
+        draws.append(best_action(OTHER, state, obs, 4, KEY, i, 0.5))
+    draws = np.stack(draws)  # [60, B, 1]
+    rng = np.random.default_rng(0)
+    noise = 0.5 * rng.normal(size=(20_000, 1, 4, ACT))
+    expected = (fixed_samples[:4] + noise).max(axis=2)  # [20_000, 4, 1]
+    mean = draws[:, :4].mean(axis=0)
+    assert_allclose(mean, expected.mean(axis=0), atol=4 * 0.5 / np.sqrt(60))
+    assert draws.max() > 1.5
 
 
 def test_noise_falls_geometrically_over_the_run():
-    std = [float(noise_std(ARGS, step)) for step in (0, 230, 460)]
-    np.testing.assert_allclose(std, [0.5, 0.1**0.5, 0.2], rtol=1e-5)
+    std = [float(noise_std(ARGS, updates)) for updates in (0, 230, 460)]
+    assert_allclose(std, [0.5, 0.1**0.5, 0.2], rtol=1e-5)
     without = dataclasses.replace(ARGS, noise_start=0.0, noise_end=0.0)
-    assert noise_std(without, 0) == noise_std(without, 9) == noise_std(without, 460) == 0
+    for updates in (0, 9, 460):
+        assert noise_std(without, updates) == 0
 
 
-def test_the_policy_is_matched_to_weighted_samples_of_pi_old(monkeypatch):
-    """At the batch's states, noisy, weighted by the smaller target critic; the loss is theta's."""
-    args, state = ARGS, fresh_state(ARGS, OBS, ACT, jax.random.key(0))
-    older = fresh_state(ARGS, OBS, ACT, jax.random.key(1)).theta
-    state.theta["net"][-1]["b"] += 0.5
-    # the mean of the target critics rises with the action, and the smaller one falls
-    state = state._replace(theta_old=older, critics_target=critics_of((3, 0), (-1, -99)))
-    obs, seen = random_rows(3)[:, :OBS], []
+# ---- the policy ----------------------------------------------------------------------
+
+
+def policy_update(monkeypatch, args, state, obs):
+    """update_policy with a loss that is the last bias -> state, metrics, and what the
+    loss was asked with: obs, a0, w."""
 
     def loss_of_theta(theta, args, obs, a0, w, key):  # the real one is tested by itself
-        seen.extend([obs, a0, w])
+        asked.extend([obs, a0, w])
         return jnp.sum(theta["net"][-1]["b"])
 
+    asked = []
     monkeypatch.setattr(simpo_mujoco, "matching_loss", loss_of_theta)
-    new, metrics, *rest = jax.jit(lambda x: (*update_policy(args, x, obs, KEY), *seen))(state)
-    states, a0, w = map(np.asarray, rest)
-    k_sample, k_noise, _ = jax.random.split(KEY, 3)
-    plain = np.asarray(draw_actions(ARGS, older, obs, N, k_sample))
-    noise = args.noise_start * np.asarray(jax.random.normal(k_noise, plain.shape))
-    np.testing.assert_array_equal(states, obs)
-    np.testing.assert_allclose(a0, plain + noise, atol=2e-4)
+
+    def run(state):
+        new, metrics = update_policy(args, state, obs, KEY)
+        return new, metrics, asked
+
+    return jax.jit(run)(state)
+
+
+def test_the_policy_is_matched_to_weighted_samples(monkeypatch, fixed_samples):
+    """At the batch's states, noisy, weighted by the smaller target critic."""
+    state = start()
+    state.theta["net"][-1]["b"] += 0.5
+    # the mean of the target critics rises with the action, the smaller one falls
+    critics = critics_of((3, 0), (-1, -99))
+    state = state._replace(critics_target=critics)
+    obs = random_batch(3).obs
+    new, metrics, asked = policy_update(monkeypatch, ARGS, state, obs)
+    states, a0, w = map(np.asarray, asked)
+
+    assert_array_equal(states, obs)
+    noise = a0 - fixed_samples
+    error = ARGS.noise_start / np.sqrt(noise.size)
+    assert abs(noise.mean()) < 4 * error
+    assert noise.std() == pytest.approx(ARGS.noise_start, rel=0.2)
+    assert len(np.unique(noise)) == noise.size
     assert np.abs(a0).max() > 1.05  # the noise is not clipped
+
     q = -a0[..., 0]
-    np.testing.assert_allclose(w, weights(args, q, jnp.float32(1)), atol=1e-3)
+    assert_allclose(w, weights(ARGS, q, jnp.float32(1)), atol=1e-3)
+    spread = fixed_samples.std(axis=1).mean()  # without the noise
+    assert float(metrics["spread"]) == pytest.approx(spread, rel=1e-3)
     assert float(metrics["policy_loss"]) == 0.5
-    assert float(new.theta["net"][-1]["b"][0]) == pytest.approx(0.5 - args.policy_lr, rel=1e-4)
-    assert float(metrics["spread"]) == pytest.approx(plain.std(axis=1).mean(), rel=1e-3)
-    log_p = np.asarray(jax.nn.log_softmax(q, axis=-1), np.float64)  # lam was 1
-    kl = np.mean(np.log(N) + np.sum(np.exp(log_p) * log_p, axis=-1))
+    bias = float(new.theta["net"][-1]["b"][0])
+    assert bias == pytest.approx(0.5 - ARGS.policy_lr, rel=1e-4)
+
+    log_p = np.float64(jax.nn.log_softmax(q, axis=-1))  # lam was 1
+    entropy = -np.sum(np.exp(log_p) * log_p, axis=-1)
+    kl = np.mean(np.log(N) - entropy)
     assert float(metrics["kl"]) == pytest.approx(kl, rel=1e-3)
-    assert float(new.log_lam) == pytest.approx(-0.05 * (args.eps_kl - kl), rel=1e-3)
+    expected = -0.05 * (ARGS.kl_bound - kl)
+    assert float(new.log_lam) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_samples_come_from_pi_old(monkeypatch):
+    """Where theta is, or what it is, does not matter to them."""
+    old = start()
+    other = start(1)
+    obs = random_batch(3).obs
+    _, _, asked = policy_update(monkeypatch, ARGS, old, obs)
+    moved_theta = old._replace(theta=other.theta)
+    moved_old = old._replace(theta_old=other.theta)
+    _, _, same = policy_update(monkeypatch, ARGS, moved_theta, obs)
+    _, _, changed = policy_update(monkeypatch, ARGS, moved_old, obs)
+    assert_array_equal(asked[1], same[1])
+    assert np.abs(asked[1] - changed[1]).max() > 0.1
 
 
 @pytest.mark.parametrize("weighting", ["qvpo", "wd1"])
 def test_samples_of_equal_value_are_no_divergence(monkeypatch, weighting):
-    """All weights of a state are then 0 where their mean is not 1; the metrics stay finite."""
-    args = dataclasses.replace(ARGS, weighting=weighting, neg_clip=0.0, sampling_steps=2)
-    state = fresh_state(ARGS, OBS, ACT, jax.random.key(0))
+    """All weights of a state are 0, so that their mean is not 1; metrics are finite."""
+    args = dataclasses.replace(ARGS, weighting=weighting, neg_clip=0.0)
+    state = start()
     state = state._replace(critics_target=critics_of((0, 1), (0, 1)))
-    zero_loss = lambda theta, *_: 0.0 * theta["net"][0]["b"].sum()  # noqa: E731
-    monkeypatch.setattr(simpo_mujoco, "matching_loss", zero_loss)
-    metrics = jax.jit(lambda state: update_policy(args, state, np.zeros((8, OBS)), KEY)[1])(state)
-    assert all(np.isfinite(value) for value in metrics.values()), metrics
+    obs = np.zeros((8, OBS), np.float32)
+    _, metrics, _ = policy_update(monkeypatch, args, state, obs)
+    assert np.isfinite(list(metrics.values())).all(), metrics
     assert metrics["w_max"] == metrics["ess"] == 0
 
 
-@pytest.mark.parametrize("total,starts,envs,delay", [(1100, 100, 5, 2), (1003, 101, 5, 3)])
-def test_learning_rate_ends_with_the_last_update_of_the_policy(total, starts, envs, delay):
-    """From policy_lr to policy_lr_end in a line, also where E and the delay do not divide."""
-    flags = {"total_timesteps": total, "learning_starts": starts, "num_envs": envs}
-    args = dataclasses.replace(ARGS, **flags, policy_delay=delay)
-    updates = len([x for x in range(0, total, envs) if x >= starts][::delay])  # of the policy
-    adam, opt, rates = optimisers(args)[0], optimisers(args)[0].init(jnp.ones(())), []
+@pytest.mark.parametrize(
+    "total,starts,envs,delay",
+    [(1100, 100, 5, 2), (1003, 101, 5, 3)],
+)
+def test_learning_rate_ends_with_the_last_update(total, starts, envs, delay):
+    """In a line, also where the number of environments and the delay do not divide."""
+    args = dataclasses.replace(
+        ARGS,
+        total_timesteps=total,
+        learning_starts=starts,
+        num_envs=envs,
+        policy_delay=delay,
+    )
+    learning = [x for x in range(0, total, envs) if x >= starts]
+    updates = len(learning[::delay])  # of the policy
+    adam = policy_optimiser(args)
+    opt = adam.init(jnp.ones(()))
+    rates = []
     for _ in range(updates):  # with a gradient of 1 for ever, Adam's step is the rate
         change, opt = adam.update(jnp.ones(()), opt)
         rates.append(-float(change))
     line = np.linspace(args.policy_lr, args.policy_lr_end, updates)
-    np.testing.assert_allclose(rates, line, rtol=1e-4)
+    assert_allclose(rates, line, rtol=1e-4)
 
 
 def test_probe_best_action_of_each_observation():
-    """Reward -(a - a*)^2 with a* = +-0.6 by observation: the policy, not only its best sample,
-    comes to a*."""
-
-    def draw(rng):
-        obs, action = rng.choice([-1.0, 1.0], B), rng.uniform(-1, 1, B)
-        return obs, rng.choice([-1.0, 1.0], B), action, -4 * (action - 0.6 * obs) ** 2, 1
-
-    goal, state = np.repeat([-0.6, 0.6], 200), fresh_state(ARGS, OBS, ACT, jax.random.key(0))
+    """Reward -(a - a*)^2 with a* = +-0.6 by observation: the policy, not only its best
+    sample, comes to a*."""
     rng = np.random.default_rng(0)
+    state = start()
     for _ in range(400):
-        state, _ = step(state, rows(*draw(rng)))
-    obs = np.float32([[np.sign(x), 0, 1] for x in goal])
-    best = np.asarray(best_action(ARGS, state, obs, N, KEY))[:, 0]
-    samples = np.asarray(draw_actions(ARGS, state.theta_old, obs, N, KEY))[..., 0]
-    assert np.abs(best - goal).mean() < 0.1
-    assert np.abs(samples - goal[:, None]).mean() < 0.3
-    np.testing.assert_allclose(samples.reshape(2, -1).mean(axis=1), [-0.6, 0.6], atol=0.15)
+        x, next_x = rng.choice([-1.0, 1.0], (2, B))
+        action = rng.uniform(-1, 1, B)
+        reward = -4 * (action - 0.6 * x) ** 2
+        state, _ = step(state, batch_of(x, next_x, action, reward, 1))
+    x = np.repeat([-1.0, 1.0], 200)
+    goal = 0.6 * x
+    columns = [x, 0 * x, 0 * x + 1]
+    obs = np.float32(np.stack(columns, axis=1))
+    best = best_action(ARGS, state, obs, N, KEY)
+    assert np.abs(best[:, 0] - goal).mean() < 0.1
+    samples = np.asarray(draw_actions(ARGS, state.theta_old, obs, N, KEY))
+    assert np.abs(samples[..., 0] - goal[:, None]).mean() < 0.3
+    means = samples.reshape(2, -1).mean(axis=1)
+    assert_allclose(means, [-0.6, 0.6], atol=0.15)

@@ -41,6 +41,7 @@ import gymnasium as gym
 import imageio
 import jax
 import jax.numpy as jnp
+import mujoco
 import numpy as np
 import optax
 import tyro
@@ -489,9 +490,10 @@ class Rescaled(gym.Wrapper):
         super().__init__(env)
         obs = env.observation_space
         act = env.action_space
-        if not isinstance(obs, Box) or len(obs.shape) != 1:
-            raise ValueError(f"{obs} is not flat; wrap the environment")
-        if not isinstance(act, Box) or act.dtype.kind != "f" or not act.is_bounded():
+        for space in (obs, act):
+            if not isinstance(space, Box) or len(space.shape) != 1:
+                raise ValueError(f"{space} is not flat; wrap the environment")
+        if act.dtype.kind != "f" or not act.is_bounded() or not act.shape[0]:
             raise ValueError(f"{act} is not continuous and bounded")
         self.observation_space = Box(-np.inf, np.inf, obs.shape)
         self.action_space = Box(-1, 1, act.shape)
@@ -512,20 +514,22 @@ class Rescaled(gym.Wrapper):
         return np.array(obs, np.float32), reward, bool(terminated), bool(truncated), {}
 
 
-def make_env(args, film=False):
-    render_mode = "rgb_array" if film else None
-    env = Rescaled(gym.make(args.env_id, render_mode=render_mode))
+def make_env(args, **options):
+    env = Rescaled(gym.make(args.env_id, **options))
+    base = env.unwrapped
+    if hasattr(base, "mujoco_renderer"):  # films follow the body if a camera does
+        camera = mujoco.mjtObj.mjOBJ_CAMERA
+        base.mujoco_renderer.camera_id = mujoco.mj_name2id(base.model, camera, "track")
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
-def make_envs(args, count, film=False):
-    """Environments stepped in turn, the first one able to film. A step that ends an
-    episode returns the next one's first observation; its own last one is in infos."""
-    thunks = [functools.partial(make_env, args)] * count
-    thunks[0] = functools.partial(make_env, args, film)
+def make_envs(args, count, **options):
+    """Environments stepped in turn. A step that ends an episode returns the next one's
+    first observation; its own last one is in infos."""
+    thunk = functools.partial(make_env, args, **options)
     same_step = gym.vector.AutoresetMode.SAME_STEP
     try:
-        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=same_step)
+        return gym.vector.SyncVectorEnv([thunk] * count, autoreset_mode=same_step)
     except Exception as error:  # a constructor can raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise SystemExit(f"error: cannot make {args.env_id}: {reason}") from None
@@ -593,15 +597,13 @@ def evaluate(args, envs, state, key, run_dir, step, table="eval.csv"):
 
 def write_rows(path, step, returns, lengths):
     """Adds an evaluation to a CSV file; rows of this step and later ones leave."""
-    rows = ["step,episode,return,length"]
-    if path.exists():
-        for row in path.read_text().splitlines()[1:]:
-            if int(row.split(",")[0]) < step:
-                rows.append(row)
+    rows = path.read_text().splitlines()[1:] if path.exists() else []
+    rows = [row for row in rows if int(row.split(",")[0]) < step]
     for i in range(len(returns)):
         rows.append(f"{step},{i},{returns[i]:.9g},{lengths[i]}")
-    path.with_suffix(".tmp").write_text("\n".join(rows) + "\n")
-    path.with_suffix(".tmp").replace(path)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n".join(["step,episode,return,length", *rows, ""]))
+    temporary.replace(path)
 
 
 def named_leaves(tree):
@@ -676,18 +678,16 @@ def parse_args():
 
 def make_run_dir(args, name):
     """A new folder, runs/{name}__{time} or --run-dir, for the files of a run."""
-    default = f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.run_dir or default)
+    base = args.run_dir or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(base)
     for count in itertools.count(2):
         try:
             run_dir.mkdir(parents=True)
             break
-        except OSError as error:
-            if args.run_dir or not isinstance(error, FileExistsError):
-                raise SystemExit(
-                    f"error: --run-dir {run_dir}: {error.strerror}"
-                ) from None
-            run_dir = Path(f"{default}-{count}")  # two runs started in one second
+        except FileExistsError:
+            if args.run_dir:
+                raise SystemExit(f"error: --run-dir {base} exists") from None
+            run_dir = Path(f"{base}-{count}")  # two runs started in one second
 
     here = Path(__file__).parent
     status, commit = subprocess.getstatusoutput(f"git -C '{here}' rev-parse HEAD")
@@ -734,6 +734,7 @@ def main():
     # --- Flags and devices ---
     sys.path.append(os.getcwd())  # where --env-id module:Name-v0 looks too
     os.environ.setdefault("MUJOCO_GL", "egl")  # films without a screen
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")  # faster
     jax.config.update("jax_default_matmul_precision", "float32")
     use_all_cores()
     args = parse_args()
@@ -742,7 +743,8 @@ def main():
         import wandb
 
     # --- Environments and state ---
-    eval_envs = make_envs(args, args.eval_episodes, film=args.capture_video)
+    film = {"render_mode": "rgb_array"} if args.capture_video else {}
+    eval_envs = make_envs(args, args.eval_episodes, **film)
     obs_dim = eval_envs.single_observation_space.shape[0]
     act_dim = eval_envs.single_action_space.shape[0]
     k_init, k_act, k_update, k_eval = jax.random.split(jax.random.key(args.seed), 4)

@@ -14,7 +14,8 @@ from dna.layers import conv, dense, layer_norm
 
 def pad(x, before, after):
     """Zeros before and after the positions of x [B, L, C]."""
-    return jnp.pad(x, ((0, 0), (before, after), (0, 0)))
+    none = (0, 0)
+    return jnp.pad(x, (none, (before, after), none))
 
 
 def short_conv(layer, x):
@@ -36,9 +37,10 @@ def gelu(x):
 
 def norm_gelu_conv(block, x):
     """Batch norm, whose running statistics are part of w and b; gelu; convolution."""
-    scale = block["norm"]["w"][None, None]
-    shift = block["norm"]["b"][None, None]
+    norm = block["norm"]
     layer = block["conv"]
+    scale = norm["w"][None, None]
+    shift = norm["b"][None, None]
     x = gelu(x * scale + shift)
     if x.shape[1] < layer["w"].shape[0]:
         return short_conv(layer, x)
@@ -57,8 +59,9 @@ def attention_pool(w, x):
     exists = jnp.arange(length + odd) < length
     exists = exists.reshape(1, -1, 2, 1)
     x = x.reshape(b, -1, 2, c)
-    logit = jnp.where(exists, x @ w, -jnp.inf)
-    share = jax.nn.softmax(logit, axis=2)
+    logits = x @ w
+    logits = jnp.where(exists, logits, -jnp.inf)
+    share = jax.nn.softmax(logits, axis=2)
     return jnp.sum(x * share, axis=2)
 
 
@@ -96,7 +99,9 @@ def position_features(n, size):
 def attention(block, x):
     """Self-attention with the relative positions of Transformer-XL: x [B, n, C]."""
     b, n, _ = x.shape
-    heads, size = block["content_bias"].shape
+    content_bias = block["content_bias"]
+    position_bias = block["position_bias"]
+    heads, size = content_bias.shape
 
     def split(y):
         return y.reshape(b, n, heads, -1)
@@ -104,16 +109,18 @@ def attention(block, x):
     q = split(x @ block["query"]) / math.sqrt(size)
     k = split(x @ block["key"])
     v = split(x @ block["value"])
-    features = position_features(n, block["rel"].shape[0])
-    rel = jnp.asarray(features) @ block["rel"]
+    rel = block["rel"]
+    features = position_features(n, len(rel))
+    rel = jnp.asarray(features) @ rel
     rel = rel.reshape(-1, heads, size)  # [2 n - 1, heads, size]
 
-    content_bias = block["content_bias"][None, None]
-    content = jnp.einsum("bihd,bjhd->bhij", q + content_bias, k)
-    position_bias = block["position_bias"][None, None]
-    position = jnp.einsum("bihd,mhd->bhim", q + position_bias, rel)
+    for_content = q + content_bias[None, None]
+    for_position = q + position_bias[None, None]
+    content = jnp.einsum("bihd,bjhd->bhij", for_content, k)
+    position = jnp.einsum("bihd,mhd->bhim", for_position, rel)
     i = jnp.arange(n)
-    index = i[None] - i[:, None] + n - 1  # of the distance j - i
+    j_minus_i = i[None] - i[:, None]
+    index = j_minus_i + n - 1  # of this distance among the features
     index = index[None, None]
     position = jnp.take_along_axis(position, index, axis=-1)
 
@@ -142,5 +149,6 @@ def enformer(params, x):
         h = layer_norm(block["mlp_norm"], x)
         h = jax.nn.relu(dense(block["up"], h))
         x = x + dense(block["down"], h)
-    x = gelu(norm_gelu_conv(params["pointwise"], x))
-    return jnp.mean(dense(params["head"], x), axis=1)
+    x = norm_gelu_conv(params["pointwise"], x)
+    x = dense(params["head"], gelu(x))
+    return jnp.mean(x, axis=1)

@@ -21,6 +21,7 @@ import functools
 import json
 import math
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -39,6 +40,7 @@ BOX = 2.0  # actions are clipped to [-BOX, BOX]
 GRID = np.linspace(-BOX, BOX, 4001, dtype=np.float32)
 SAMPLING_STEPS = 20  # of Euler's method, from t = 1 to 0
 FINAL_SAMPLES = 1024  # of a trained policy
+DIVERGED = 3  # exit code of a run whose numbers are not finite
 LANDSCAPES_OF = {"2": ["escape"], "3": ["broad", "sharp"]}  # the paper's figures
 EPOCHS_OF = {"2": 200, "3": 100}
 
@@ -79,7 +81,9 @@ class Args:
             "--lam, --policy-lr, --grad-clip and --neg-until must be above 0": (
                 min(self.lam, self.policy_lr, self.grad_clip, self.neg_until) > 0
             ),
-            "--num-seeds must be at least 1": self.num_seeds >= 1,
+            "--num-seeds, --hidden-dim and --grad-steps must be at least 1": (
+                min(self.num_seeds, self.hidden_dim, self.grad_steps) >= 1
+            ),
             "--epochs must be at least 1": self.epochs is None or self.epochs >= 1,
             "--num-samples must be at least 2": self.num_samples >= 2,
             "--noise must be at least 0": self.noise >= 0,
@@ -101,9 +105,9 @@ class Landscape(NamedTuple):
     the higher one last, and the Gaussian that the policy starts as. The paper shows its
     rewards only as pictures."""
 
-    middle: np.ndarray  # [2]
-    height: np.ndarray  # [2]
-    width: np.ndarray  # [2]
+    middle: tuple
+    height: tuple
+    width: tuple
     start_mean: float
     start_std: float
 
@@ -117,22 +121,22 @@ class Landscape(NamedTuple):
 
 
 BROAD = Landscape(
-    middle=np.float32([-1, 1]),
-    height=np.float32([1, 1]),
-    width=np.float32([0.7, 0.7]),
+    middle=(-1.0, 1.0),
+    height=(1.0, 1.0),
+    width=(0.7, 0.7),
     start_mean=0.0,
     start_std=0.6,
 )
 LANDSCAPES = {
     "escape": Landscape(
-        middle=np.float32([-1, 1.5]),
-        height=np.float32([0.7, 1]),
-        width=np.float32([0.4, 0.4]),
+        middle=(-1.0, 1.5),
+        height=(0.7, 1.0),
+        width=(0.4, 0.4),
         start_mean=-1.0,
         start_std=0.8,
     ),
     "broad": BROAD,
-    "sharp": BROAD._replace(width=np.float32([0.03, 0.03])),
+    "sharp": BROAD._replace(width=(0.03, 0.03)),
 }
 
 
@@ -183,12 +187,12 @@ def flow_sample(theta, num_samples, key):
 
 
 # ---- weights -------------------------------------------------------------------------
-METHODS = {  # name in the CSV files, name in the paper
-    "linear": "Linear",
-    "square": "Square",
-    "exp": "Exp",
-    "linear_neg": "Lin. Neg.",
-    "square_neg": "Sqr. Neg.",
+METHODS = {  # name in the CSV files: name in the paper, colour in the figures
+    "linear": ("Linear", "tab:blue"),
+    "square": ("Square", "tab:purple"),
+    "exp": ("Exp", "tab:green"),
+    "linear_neg": ("Lin. Neg.", "tab:red"),
+    "square_neg": ("Sqr. Neg.", "tab:orange"),
 }
 
 
@@ -326,19 +330,16 @@ def final_samples(states, keys):
 def train_curve(args, landscape, states, keys, epochs):
     """Trains S policies -> regret [epochs + 1, S] before each epoch and at the end, and
     the final samples [S, FINAL_SAMPLES], which give the last row."""
-    samples = []
+    rewards = []
     for epoch in range(epochs):
         states, a0 = train_epoch(args, landscape, states, keys, epoch, epochs)
-        samples.append(a0)
-    final = np.asarray(final_samples(states, keys))
-    best = landscape.reward(GRID).max()
-
-    def regret_of(a0):
-        return best - landscape.reward(a0).mean(axis=-1)
-
-    regret = np.vstack([regret_of(np.array(samples)), regret_of(final)])
+        rewards.append(landscape.reward(a0).mean(axis=1))
+    final = final_samples(states, keys)
+    rewards.append(landscape.reward(final).mean(axis=1))
+    regret = float(landscape.reward(GRID).max()) - np.array(rewards)
     if np.isnan(regret).any():
-        raise SystemExit(f"error: {args.weighting} diverged; lower --policy-lr")
+        print(f"error: {args.weighting} diverged; lower --policy-lr", file=sys.stderr)
+        raise SystemExit(DIVERGED)
     return regret, final
 
 
@@ -348,13 +349,14 @@ def summarise(landscape, regret, final):
 
     at_best is the share of seeds whose last regret is nearer to the best optimum's than
     to the lower one's; nan where both are best."""
-    gap = landscape.height[1] - landscape.height[0]
-    at_best = np.mean(regret[-1] < gap / 2) if gap else math.nan
+    lower, best = landscape.height
+    last = regret[-1]
+    at_best = np.mean(last < (best - lower) / 2) if lower < best else math.nan
     average = regret.mean(axis=0)
     return (
         at_best,
-        regret[-1].mean(),
-        sem(regret[-1]),
+        last.mean(),
+        sem(last),
         average.mean(),
         sem(average),
         np.median(final.std(axis=1)),
@@ -379,20 +381,23 @@ def draw_figure(path, regrets, starts):
         reward.plot(GRID, LANDSCAPES[name].reward(GRID), color="black")
         reward.set(ylabel="reward R(a) (black)", ylim=0)
 
-        right.set_prop_cycle(color="brgm", linestyle=["-", "--", ":", "-"])
+        right.set_prop_cycle(linestyle=["-", "--", ":", "-"])
         for method, regret in regrets[name].items():
+            label, colour = METHODS[method]
             mean = regret.mean(axis=1)
             error = sem(regret, axis=1)
-            right.plot(mean, label=METHODS[method])
-            right.fill_between(range(len(mean)), mean - error, mean + error, alpha=0.2)
+            right.plot(mean, label=label, color=colour)
+            right.fill_between(
+                range(len(mean)), mean - error, mean + error, color=colour, alpha=0.2
+            )
         right.set(
             title=f"{regret.shape[1]} seeds, +- standard error",
             xlabel="epoch",
             ylabel="regret max R - E R",
+            yscale="linear" if name == "escape" else "log",
         )
-        right.set_yscale("linear" if name == "escape" else "log")
         right.legend()
-    fig.savefig(path, dpi=90)
+    fig.savefig(path)
 
 
 # ---- main ----------------------------------------------------------------------------
@@ -461,4 +466,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the run folder has the finished curves")

@@ -44,15 +44,35 @@ def read_args(folder, flags):
 
 
 def parse_args(flags):
-    """The command line; beside --resume the flags of that run hold."""
+    """The command line; beside --resume the flags of that run hold.
+
+    Beside it --finetune-steps may grow, which prolongs a run.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume")
+    parser.add_argument("--finetune-steps", type=int)
     known, others = parser.parse_known_args()
     if not known.resume:
         return tyro.cli(flags)
     if not {"--track"}.issuperset(others):
-        raise SystemExit("error: --resume takes only --track beside it")
-    return tyro.cli(flags, default=read_args(known.resume, flags))
+        rule = "--resume takes only --track and --finetune-steps beside it"
+        raise SystemExit(f"error: {rule}")
+    saved = read_args(known.resume, flags)
+    args = tyro.cli(flags, default=saved)
+    if args.finetune_steps < saved.finetune_steps:
+        steps = saved.finetune_steps
+        raise SystemExit(
+            f"error: --finetune-steps of that run is {steps}, and may grow"
+        )
+    if args.finetune_steps > saved.finetune_steps:
+        kept = dataclasses.replace(args, resume=None, track=saved.track)
+        write_json(Path(args.resume) / "args.json", dataclasses.asdict(kept))
+        (Path(args.resume) / "metrics.csv").unlink(missing_ok=True)
+    return args
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=2))
 
 
 def make_run_dir(args, name):
@@ -75,8 +95,8 @@ def make_run_dir(args, name):
     versions = {package: version(package) for package in PACKAGES}
     versions["commit"] = commit if status == 0 else None
     versions["devices"] = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
-    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-    (run_dir / "versions.json").write_text(json.dumps(versions, indent=2))
+    write_json(run_dir / "args.json", dataclasses.asdict(args))
+    write_json(run_dir / "versions.json", versions)
     return run_dir
 
 
@@ -103,7 +123,22 @@ def lock(run_dir):
     return file  # the lock is held while this file is open
 
 
-# ----
+# ---- phases
+def cut_rows(path, last_step):
+    """Leaves the whole rows of a CSV up to a step; without its header no file."""
+    lines = path.read_text().splitlines(keepends=True)
+    kept = []
+    for line in lines:
+        cells = line.split(",")
+        is_whole = line.endswith("\n") and len(cells) == lines[0].count(",") + 1
+        if is_whole and (not kept or int(cells[0]) <= last_step):
+            kept.append(line)
+    if kept:
+        path.write_text("".join(kept))
+    else:
+        path.unlink()
+
+
 class Phase:
     """Pretraining or fine-tuning: its step, checkpoint, {name}.csv, log and bar.
 
@@ -129,9 +164,7 @@ class Phase:
             state = fill(state, arrays, self.checkpoint)
             self.step = meta["step"]
         if self.csv.exists():
-            header, *rows = self.csv.read_text().splitlines()
-            rows = [row for row in rows if int(row.split(",")[0]) <= self.step]
-            self.csv.write_text("\n".join([header, *rows, ""]))
+            cut_rows(self.csv, self.step)
         step = self.first + self.step
         self.log = SummaryWriter(str(self.csv.parent), purge_step=step + 1)
         self.bar = tqdm(
@@ -147,12 +180,18 @@ class Phase:
         save_tree(self.checkpoint, state, self.kind, step=self.step)
 
     def write(self, metrics):
-        """Logs {name: scalar} of this step; a value that is not finite ends the run."""
+        """Logs {name: scalar} of this step; a value that is not finite ends the run.
+
+        The first row has all columns; a later one may have empty cells."""
         metrics = {name: float(value) for name, value in metrics.items()}
         if not self.csv.exists():
             self.csv.write_text(",".join(["step", *metrics]) + "\n")
-        cells = [f"{value:.8g}" for value in [self.step, *metrics.values()]]
-        with self.csv.open("a") as file:
+        with self.csv.open("r+") as file:
+            columns = file.readline().strip().split(",")
+            cells = [str(self.step)]
+            for name in columns[1:]:
+                cells.append(f"{metrics[name]:.8g}" if name in metrics else "")
+            file.seek(0, 2)
             file.write(",".join(cells) + "\n")
         for name, value in metrics.items():
             self.log.add_scalar(f"losses/{name}", value, self.first + self.step)
@@ -187,7 +226,8 @@ def draw_curves(run_dir):
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.5))
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:
-            axis.plot(curve["step"], curve[name], label=name)
+            known = np.isfinite(curve[name])
+            axis.plot(curve["step"][known], curve[name][known], label=name)
         axis.set(xlabel="iteration", title=title)
         axis.legend()
     fig.savefig(run_dir / "curves.png", dpi=80, bbox_inches="tight")

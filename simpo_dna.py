@@ -41,7 +41,7 @@ from dna.devices import in_batches, make_layout, use_all_cores
 from dna.files import fill, load_arrays, nest, save_tree
 from dna.layers import conv, dense, layer_norm
 from dna.metrics import make_reference, measure, write_table
-from dna.oracles import Oracles, load_oracle
+from dna.oracles import Oracles, check_oracles, load_oracle
 from dna.runs import Phase, draw_curves, lock, make_run_dir, parse_args, track
 
 MASK = 4
@@ -50,14 +50,9 @@ LOG_EVERY = 50  # steps of pretraining between rows of losses
 PRETRAINED = "pretrained.safetensors"
 VALID = 256  # sequences held out from pretraining
 DILATIONS = (1, 1, 4, 16, 64)  # each num_layers // 5 times in a row
-MAY_BE_ZERO = (
-    "seed",
-    "oracle_column",
-    "neg_clip",
-    "neg_floor",
-    "kl_weight",
-    "finetune_steps",
-)
+NEW_MODEL = (2400, 32, 5)  # default pretrain_steps, hidden_dim and num_layers
+MAY_BE_0 = "seed oracle_column neg_clip neg_floor kl_weight finetune_steps".split()
+JUDGE_EVERY = 10  # iterations between rows with the held-out score and the bounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,26 +61,23 @@ class Args:
     seed: int = 1  # of the network, the order of the data and all sampling
     run_dir: str | None = None  # default: runs/dna__{seed}__{time}
     resume: str | None = None  # run folder to continue, with its own flags
-    pretrained: str | None = (
-        None  # model to start from, of a run or dna/convert_drakes.py
-    )
+    pretrained: str | None = None  # start from this model, of a run or of DRAKES
     pretrain_only: bool = False  # stop after pretraining
     eval_samples: int = 640  # sequences of each row of the table
     checkpoint_every: int = (
-        100  # steps of pretraining; fine-tuning saves every iteration
+        100  # steps of pretraining; fine-tuning saves each iteration
     )
     track: bool = False  # mirror TensorBoard to Weights & Biases
     # --- Data and rewards ---
     data: str | None = None  # training set, CSV or FASTA; default: generated sequences
     data_sha256: tyro.conf.Suppress[str | None] = None  # of that file, set by the run
     drop_bad_rows: bool = False  # leave out rows of --data that are errors otherwise
-    score_column: str | None = (
-        None  # of --data: its best rows are the table's reference
-    )
+    seq_column: str | None = None  # of --data; default: seq or sequence
+    score_column: str | None = None  # of --data; its best rows are the reference
     oracle: str = "motif"  # optimised: motif[:FILE], enformer:FILE or MODULE:FUNCTION
     eval_oracle: str | None = None  # held-out judge of the same form; default: motif
     oracle_column: int = (
-        0  # of an oracle with several outputs; HepG2 of Enformer's is 0
+        0  # of an oracle with several outputs; of Enformer's, 0 is HepG2
     )
     # --- Weights of the samples ---
     weighting: Literal["exp", "linear", "square", "power", "qvpo", "wd1", "uniform"] = (
@@ -94,9 +86,7 @@ class Args:
     power: float = 1.5  # p of --weighting power: w = sign(y) |y|^p
     neg_clip: float = 0.0  # l in eq. (11): smallest weight; 0 is w >= 0
     neg_floor: float = 0.0  # negative weights lower no p(x0_i | x_t) that is below it
-    eps_kl: float = (
-        1.5  # nats, eq. (30): KL of softmax(q / lam) to uniform; below log N
-    )
+    eps_kl: float = 1.5  # nats, eq. (30): KL of softmax(q / lam) to uniform
     kl_weight: float = 0.0  # of the KL to the pretrained model, per base, in the loss
     # --- Diffusion model ---
     num_samples: int = 32  # N, samples of a group
@@ -116,11 +106,7 @@ class Args:
     def __post_init__(self):
         has_clip = self.weighting in ("linear", "square", "power")
         has_negative = self.neg_clip < 0 or self.weighting == "wd1"
-        is_new = (self.pretrain_steps, self.hidden_dim, self.num_layers) == (
-            2400,
-            32,
-            5,
-        )
+        size = (self.pretrain_steps, self.hidden_dim, self.num_layers)
         log_n = math.log(max(self.num_samples, 1))
         rules = {
             "--seed must be in [0, 2^32)": 0 <= self.seed < 2**32,
@@ -138,12 +124,13 @@ class Args:
                 self.eval_oracle is not None or self.oracle == "motif"
             ),
             "--score-column needs --data": self.data or not self.score_column,
-            "--pretrained has its own size and is not pretrained": (
-                not self.pretrained or is_new and not self.pretrain_only
+            "--pretrained has its own size": not self.pretrained or size == NEW_MODEL,
+            "--pretrain-only trains from nothing": (
+                not self.pretrained or not self.pretrain_only
             ),
         }
         for field in dataclasses.fields(self):
-            if field.type in (int, float) and field.name not in MAY_BE_ZERO:
+            if field.type in (int, float) and field.name not in MAY_BE_0:
                 rule = f"--{field.name.replace('_', '-')} must be above 0"
                 rules[rule] = 0 < getattr(self, field.name) < math.inf
         for rule, holds in rules.items():
@@ -327,15 +314,17 @@ def weigh(args, log_lam, q):
         w = jnp.ones_like(q)
     else:
         w = weights(args, q, lam)
-    w_sum = jnp.sum(jnp.abs(w), axis=-1)
-    w_squares = jnp.maximum(jnp.sum(w**2, axis=-1), 1e-30)
+    size = jnp.maximum(jnp.abs(w), 1e-30)
+    share = size / jnp.sum(size, axis=-1, keepdims=True)
+    entropy = -jnp.sum(share * jnp.log(share), axis=-1)
     metrics = {
         "q_spread": jnp.mean(jnp.std(q, axis=-1)),
         "lam": lam,
         "kl": kl,
         "w_max": w.max(),
         "w_negative": jnp.mean(w < 0),
-        "ess": jnp.mean(w_sum**2 / w_squares),
+        "w_kl": math.log(q.shape[-1]) - jnp.mean(entropy),
+        "ess": jnp.mean(1 / jnp.sum(share**2, axis=-1)),
     }
     return w, log_lam, metrics
 
@@ -414,8 +403,8 @@ def finetune_step(args, state, theta_pretrained, batch, key):
 
 @jax.jit
 def bounds(theta, theta_pretrained, x0, key):
-    """Of samples x0 [B, L]: bounds on -log p under both models, nats a base, and the KL
-    of the models, nats a sequence."""
+    """Of samples x0 [B, L]: bounds on -log p under both models, nats a base, and an
+    estimate of the KL of the models, nats a sequence."""
     w = jnp.ones(x0.shape[0])
     return {
         "nll": subs_loss(theta, x0, w, key),
@@ -433,11 +422,12 @@ def push(replay, newest, first):
     return Replay(*parts)
 
 
-def iterate(args, state, replay, theta_pretrained, oracles, layout, key):
+def iterate(args, state, replay, theta_pretrained, oracles, layout, key, judged=True):
     """One iteration of Algorithm 1 -> state, replay, metrics {name: scalar}.
 
-    The held-out oracle is logged and not used. The gradient steps are calls of their
-    own: XLA's CPU compiler makes gradients of convolutions 90 times slower in a loop.
+    What is judged, by bounds and the held-out oracle, is logged and not used. Gradient
+    steps are calls of their own: XLA's CPU compiler makes gradients of convolutions 90
+    times slower in a loop.
     """
     k_sample, k_bound, k_refit = jax.random.split(
         jax.random.fold_in(key, state.step), 3
@@ -448,8 +438,11 @@ def iterate(args, state, replay, theta_pretrained, oracles, layout, key):
     masks = np.full_like(replay.x0[: layout.size], MASK)
     masks = jax.device_put(masks, layout.split)
     samples = sample_sequences(state.theta, args.sampling_steps, masks, k_sample)
-    metrics = bounds(state.theta, theta_pretrained, samples, k_bound)
     x0 = np.asarray(samples)
+    metrics = {}
+    if judged:
+        metrics = bounds(state.theta, theta_pretrained, samples, k_bound)
+        metrics["eval_median"] = np.median(oracles.held_out(x0))
     q = oracles.ft(x0)
     groups = jax.device_put(q.reshape(args.num_groups, args.num_samples), layout.whole)
     w, log_lam, weight_metrics = weigh(args, state.log_lam, groups)
@@ -474,7 +467,6 @@ def iterate(args, state, replay, theta_pretrained, oracles, layout, key):
     metrics |= {
         "q_median": np.median(q),
         "q_max": q.max(),
-        "eval_median": np.median(oracles.held_out(x0)),
         **weight_metrics,
         "loss": sum(losses) / len(losses),
         "grad_norm": jnp.stack(grad_norms).max(),
@@ -517,6 +509,10 @@ def pretrain(args, run_dir, x, layout, key):
     return state.theta
 
 
+def is_judged(args, iteration):
+    return iteration % JUDGE_EVERY == 0 or iteration == args.finetune_steps - 1
+
+
 def finetune(args, run_dir, theta, theta_pretrained, length, oracles, layout, key):
     """SiMPO from theta, on sequences of `length` bases -> the last theta."""
     theta = jax.tree.map(jnp.copy, theta)  # the steps give their state away
@@ -532,8 +528,9 @@ def finetune(args, run_dir, theta, theta_pretrained, length, oracles, layout, ke
     state, replay = phase.start((state, replay))
     state = jax.device_put(state, layout.whole)
     while phase.step < args.finetune_steps:
+        judged = is_judged(args, phase.step)
         state, replay, metrics = iterate(
-            args, state, replay, theta_pretrained, oracles, layout, key
+            args, state, replay, theta_pretrained, oracles, layout, key, judged
         )
         phase.advance()
         phase.write(metrics)
@@ -542,14 +539,14 @@ def finetune(args, run_dir, theta, theta_pretrained, length, oracles, layout, ke
     return state.theta
 
 
-def sample(args, theta, num, length, layout, key):
-    """num sequences of the model [num, L]."""
+def sample(args, theta, start, layout, key):
+    """Sequences of the model from start [n, L], masks or bases, on the host."""
 
     def draw(masks, i):
         k_batch = jax.random.fold_in(key, i)
         return sample_sequences(theta, args.sampling_steps, masks, k_batch)
 
-    return in_batches(draw, np.full((num, length), MASK), layout)
+    return in_batches(draw, start, layout)
 
 
 def likelihoods(args, theta, x, layout, key):
@@ -564,10 +561,10 @@ def likelihoods(args, theta, x, layout, key):
 
 # ---- main ----------------------------------------------------------------------------
 def load_generator(path):
-    """Models of a run or of dna/convert_drakes.py -> {name: theta}, data.
+    """Models of a run or of dna/convert_drakes.py -> {name: theta}, {data, length}.
 
     Beside "pretrained" there is "finetuned", if the file holds a tuned model and the
-    one it was tuned from; data names the training set.
+    one it was tuned from; data names the training set, length its number of bases.
     """
     arrays, meta = load_arrays(path, "generator")
     try:
@@ -580,7 +577,7 @@ def load_generator(path):
         raise SystemExit(f"error: {path} has {num_layers} layers, no multiple of 5")
     key = jax.random.key(0)
     template = jax.eval_shape(lambda: init_generator(key, hidden_dim, num_layers))
-    return fill(dict.fromkeys(tree, template), arrays, path), meta["data"]
+    return fill(dict.fromkeys(tree, template), arrays, path), meta
 
 
 def load_data(args):
@@ -590,7 +587,7 @@ def load_data(args):
     if args.data is None:
         return generate_data(), args
     path = os.path.abspath(args.data)
-    data = read_data(path, args.score_column, args.drop_bad_rows)
+    data = read_data(path, args.score_column, args.seq_column, args.drop_bad_rows)
     if args.data_sha256 not in (None, data.sha256):
         raise SystemExit(f"error: {path} is not the file that this run began with")
     return data, dataclasses.replace(args, data=path, data_sha256=data.sha256)
@@ -598,7 +595,6 @@ def load_data(args):
 
 def main():
     # --- Flags and devices ---
-    jax.config.update("jax_default_matmul_precision", "float32")
     use_all_cores()
     args = parse_args(Args)
     layout = make_layout(args.num_groups * args.num_samples, args.batch_size)
@@ -615,15 +611,17 @@ def main():
             args.eval_oracle or "motif", "eval", args.oracle_column, layout
         ),
     )
+    check_oracles(oracles, data.x[:: len(data.x) // 8][:8])
     models = {}
-    trained_on = args.data
+    meta = {"data": args.data, "length": length}
     source = args.pretrained
     if args.resume and (Path(args.resume) / PRETRAINED).exists():
         source = Path(args.resume) / PRETRAINED
     if source:
-        models, trained_on = load_generator(source)
-        if trained_on and not args.data:
-            what = f"{source} was trained on {trained_on}"
+        models, model_meta = load_generator(source)
+        meta["data"] = model_meta["data"]
+        if meta["data"] and not args.data:
+            what = f"{source} was trained on {meta['data']}"
             raise SystemExit(f"error: {what}; --data must be that file")
 
     # --- Run folder ---
@@ -648,7 +646,7 @@ def main():
     if not models:
         models["pretrained"] = pretrain(args, run_dir, data.x, layout, k_pretrain)
     if source != run_dir / PRETRAINED:
-        save_tree(run_dir / PRETRAINED, models, "generator", data=trained_on)
+        save_tree(run_dir / PRETRAINED, models, "generator", **meta)
     if args.pretrain_only:
         return
     models = jax.device_put(models, layout.whole)
@@ -661,20 +659,23 @@ def main():
             args, run_dir, theta, theta_pretrained, length, oracles, layout, k_finetune
         )
         path = run_dir / "finetuned.safetensors"
-        save_tree(path, models, "generator", data=trained_on)
+        save_tree(path, models, "generator", **meta)
         draw_curves(run_dir)
 
     # --- Table ---
     reference = make_reference(args, data, oracles.held_out, layout)
-    calls = {"pretrained": 0, "finetuned": args.finetune_steps * layout.size}
+    judged = sum(is_judged(args, i) for i in range(args.finetune_steps))
+    masks = np.full((args.eval_samples, length), MASK)
     table = {}
-    for i, (name, theta) in enumerate(models.items()):
+    for i, name in enumerate(sorted(models, reverse=True)):  # the pretrained one first
         k_draw, k_measure = jax.random.split(jax.random.fold_in(k_table, i))
-        x = sample(args, theta, args.eval_samples, length, layout, k_draw)
+        x = sample(args, models[name], masks, layout, k_draw)
         loglik = likelihoods(args, theta_pretrained, x, layout, k_measure)
-        values, table[name] = measure(reference, oracles, x, loglik, args.seed)
-        table[name]["oracle_calls"] = calls[name]
+        values, row = measure(reference, oracles, x, loglik, args.seed)
+        row["oracle_calls"] = i * args.finetune_steps * layout.size
+        row["judge_calls"] = i * judged * layout.size
         write_fasta(run_dir / f"{name}.fasta", name, x, values)
+        table[name] = row
     write_table(table, run_dir / "metrics.csv")
 
 

@@ -116,16 +116,17 @@ def find_column(header, path, names):
     return found[0] if found else None
 
 
-def read_csv(text, path, column=None):
-    """[Record] of a table with a column seq or sequence, and perhaps name or id."""
+def read_csv(text, path, column=None, seq_column=None):
+    """[Record] of a table with a column of sequences, and perhaps name or id."""
     rows = csv_rows(text, path)
     _, header = next(rows, (0, [""]))
     for name, count in Counter(header).items():
         if name and count > 1:
             raise SystemExit(f"error: {path} has {count} columns named {name}")
-    seq = find_column(header, path, ("seq", "sequence"))
+    names = [seq_column.lower()] if seq_column else ["seq", "sequence"]
+    seq = find_column(header, path, names)
     if seq is None:
-        expected = "expected FASTA, or CSV with a column seq or sequence"
+        expected = f"expected FASTA, or CSV with a column {' or '.join(names)}"
         found = f"found the first line {','.join(header)[:60]!r}"
         raise SystemExit(f"error: {path}: {expected}, {found}")
     if column and column not in header:
@@ -162,7 +163,14 @@ def fault_of(record, length, numbers):
     return None
 
 
-def read_data(path, column=None, drop_bad_rows=False, numbers=True, training=True):
+def read_data(
+    path,
+    column=None,
+    seq_column=None,
+    drop_bad_rows=False,
+    numbers=True,
+    training=True,
+):
     """Sequences of a file, CSV or FASTA, perhaps gzipped -> Data.
 
     The first bad row ends the program, unless such rows are dropped: empty, other
@@ -172,7 +180,7 @@ def read_data(path, column=None, drop_bad_rows=False, numbers=True, training=Tru
     """
     text, sha256 = read_text(path)
     if not text.lstrip().startswith(">"):
-        records = read_csv(text, path, column)
+        records = read_csv(text, path, column, seq_column)
     elif column:
         raise SystemExit(f"error: {path} is FASTA and has no column {column}")
     else:

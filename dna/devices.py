@@ -22,7 +22,10 @@ class Layout(NamedTuple):
 
 
 def use_all_cores():
-    """Makes an XLA device of every core, since XLA threads one CPU device badly."""
+    """An XLA device of every core, since XLA threads one CPU device badly; products in
+    float32, of which a GPU keeps ten bits, unless the user set JAX's flag for this."""
+    if jax.config.jax_default_matmul_precision is None:
+        jax.config.update("jax_default_matmul_precision", "float32")
     if jax.config.jax_num_cpu_devices > 0:
         return  # chosen by the user
     cores = os.cpu_count()

@@ -51,6 +51,15 @@ def load_oracle(spec, part="ft", column=0, layout=Layout(64)):  # noqa: B008
     return score
 
 
+def check_oracles(oracles, x):
+    """Both score a few sequences before anything is trained."""
+    for name, oracle in oracles._asdict().items():
+        q = oracle(x)
+        if np.ptp(q) == 0:
+            found = f"gives {len(x)} training sequences the score {q[0]}"
+            raise SystemExit(f"error: the {name} oracle {found}")
+
+
 def load_enformer(path, column):
     """Parameters of an Enformer that dna/convert_drakes.py wrote."""
     arrays, _ = load_arrays(path, "enformer")
@@ -101,7 +110,8 @@ def call_function(function, spec, column, size, x):
             found = f"returned {q.dtype} of shape {q.shape}"
             reason = f"{found}, expected {len(part)} numbers"
             raise SystemExit(f"error: oracle {spec} {reason}")
-        q = q.astype(np.float32)
+        with np.errstate(over="ignore"):  # what is too large becomes inf
+            q = q.astype(np.float32)
         if not np.isfinite(q).all():
             bad = decode(part[~np.isfinite(q)][:1])[0]
             raise SystemExit(f"error: oracle {spec}: not finite for {bad}")

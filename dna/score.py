@@ -23,6 +23,7 @@ from dna.oracles import load_oracle
 class Args:
     file: tyro.conf.Positional[str]  # CSV with a column seq or sequence, or FASTA
     column: str | None = None  # print how the oracles agree with it, and no scores
+    seq_column: str | None = None  # of the sequences; default: seq or sequence
     rows: int | None = None  # compare so many rows, drawn at random; default: all
     drop_bad_rows: bool = False  # leave out rows that are errors otherwise
     model: str | None = None  # also print the likelihood under this model of a run
@@ -55,7 +56,12 @@ def agreement(q, texts, column):
 
 def compare(args, oracles):
     data = read_data(
-        args.file, args.column, args.drop_bad_rows, numbers=False, training=False
+        args.file,
+        args.column,
+        args.seq_column,
+        args.drop_bad_rows,
+        numbers=False,
+        training=False,
     )
     rows = np.random.default_rng(args.seed).permutation(len(data.x))[: args.rows]
     texts = [data.values[row] for row in rows]
@@ -65,11 +71,17 @@ def compare(args, oracles):
 
 
 def score(args, oracles, layout):
-    data = read_data(args.file, None, args.drop_bad_rows, training=False)
+    data = read_data(
+        args.file,
+        seq_column=args.seq_column,
+        drop_bad_rows=args.drop_bad_rows,
+        training=False,
+    )
     columns = {name: oracle(data.x) for name, oracle in oracles.items()}
     if args.model:
         models, _ = simpo_dna.load_generator(args.model)
-        theta = jax.device_put(list(models.values())[-1], layout.whole)
+        theta = models.get("finetuned", models["pretrained"])
+        theta = jax.device_put(theta, layout.whole)
         key = jax.random.key(args.seed)
         loglik = simpo_dna.likelihoods(args, theta, data.x, layout, key)
         columns["loglik"] = loglik
@@ -80,7 +92,6 @@ def score(args, oracles, layout):
 
 
 def main():
-    jax.config.update("jax_default_matmul_precision", "float32")
     use_all_cores()
     args = tyro.cli(Args)
     layout = make_layout(args.batch_size)

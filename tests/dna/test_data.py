@@ -57,6 +57,13 @@ def test_formats_of_data(name, tmp_path):
     refused(path, "no column absent", column="absent")
 
 
+def test_a_column_of_your_own_has_the_sequences(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text(CSV.replace("seq", "Oligo"))
+    assert decode(read_data(path, seq_column="oligo").x) == ROWS
+    refused(path, "CSV with a column dna, found", seq_column="dna")
+
+
 BAD_ROWS = {
     "repeats the sequence of line 3": "200,AAAA,1",
     "has 5 bases, most have 4": "200,ACGTA,1",

@@ -1,6 +1,8 @@
 """What a run of simpo_dna.py writes, how it goes on, and what it refuses."""
 
 import csv
+import fcntl
+import itertools
 import json
 import os
 import re
@@ -13,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from scipy.spatial.distance import jensenshannon
 
 import simpo_dna as sd
 from dna.data import decode, encode, generate_data, read_data, shuffle_dinucleotides
 from dna.metrics import kmer_counts
-from dna.motifs import load_motifs, motif_score
+from dna.motifs import load_motifs, motif_hits, motif_score
 from dna.oracles import load_oracle
+from dna.runs import cut_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -64,7 +68,9 @@ def root(tmp_path_factory):
         for i, letters in enumerate(decode(x)):
             file.write(f"{letters},{i * 7 % 256},{'ab'[i % 2]}\n")
     (root / "reward.py").write_text(
-        "def gc(seqs):\n    return [s.count('G') + s.count('C') for s in seqs]\n"
+        "def gc(seqs):\n    return [s.count('G') + s.count('C') for s in seqs]\n\n\n"
+        "def same(seqs):\n    return [1] * len(seqs)\n\n\n"
+        "def away(seqs):\n    raise RuntimeError('model server away')\n"
     )
     return root
 
@@ -151,8 +157,9 @@ def test_a_run_writes_its_folder(whole, root, run):
     np.testing.assert_array_equal(pretrain["step"], [50, 60])
     np.testing.assert_array_equal(finetune["step"], [1, 2, 3])
     assert np.all(np.abs(pretrain["valid_nll"] - 1.386) < 0.1)  # of 24 sequences
-    same = finetune["nll"] == finetune["nll_pretrained"]
-    np.testing.assert_array_equal(same, [True, False, False])
+    np.testing.assert_array_equal(np.isnan(finetune["nll"]), [False, True, False])
+    assert finetune["nll"][0] == finetune["nll_pretrained"][0]
+    assert finetune["nll"][2] != finetune["nll_pretrained"][2]
     assert finetune["w_negative"].max() > 0
     assert run("--resume", "whole")[:2] == (0, "whole is complete\n")
 
@@ -169,23 +176,30 @@ def test_the_table_follows_from_the_samples(whole, root):
     for name, calls in (("pretrained", 0), ("finetuned", 96)):
         x, columns = samples_of(run_dir, name)
         shuffled = shuffle_dinucleotides(x, np.random.default_rng(1))
+        kmers = [kmer_counts(rows) for rows in (x, best)]
+        shares = [counts / counts.sum() for counts in kmers]
+        hits = [motif_hits(sets["control"], rows).mean(axis=0) for rows in (x, best)]
+        log_ratio = np.log(hits[0] + 0.01) - np.log(hits[1] + 0.01)
+        distances = [np.sum(a != b) for a, b in itertools.combinations(x, 2)]
         expected = {
             "log_lik": np.median(columns["loglik"]),
             "oracle_calls": calls,
-            "corr_3mer": np.corrcoef(kmer_counts(x), kmer_counts(best))[0, 1],
+            "judge_calls": calls * 2 // 3,  # not in the second of three iterations
+            "js_6mer": jensenshannon(*shares, base=2) ** 2,
+            "motif_ratio": np.abs(log_ratio).max(),
             "gc": np.isin(x, (1, 2)).mean(),
             "unique": len(np.unique(x, axis=0)) / 32,
+            "distance": np.median(distances),
         }
         for part in ("ft", "eval"):
             q = motif_score(sets[part], x)
             np.testing.assert_allclose(columns[part], q, atol=1e-3)
             expected[part] = np.median(q)
             expected[f"{part}_shuffled"] = np.median(motif_score(sets[part], shuffled))
-        found = {column: table[name][column] for column in expected}
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+        assert table[name] == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
-def test_3mers_by_hand():
+def test_kmers_by_hand():
     x = generate_data(5).x[:, :LENGTH]
     counts = {}
     for letters in decode(x):
@@ -193,7 +207,8 @@ def test_3mers_by_hand():
             kmer = letters[i : i + 3]
             counts[kmer] = counts.get(kmer, 0) + 1
     kmers = [a + b + c for a in "ACGT" for b in "ACGT" for c in "ACGT"]
-    np.testing.assert_array_equal(kmer_counts(x), [counts.get(k, 0) for k in kmers])
+    want = [counts.get(kmer, 0) for kmer in kmers]
+    np.testing.assert_array_equal(kmer_counts(x, k=3), want)
 
 
 def test_killed_ends_bit_identical(whole, root, run):
@@ -225,6 +240,68 @@ def test_the_number_of_devices_does_not_matter(whole, root, run):
         np.testing.assert_allclose(
             ours[name], theirs[name], rtol=1e-4, atol=1e-4, err_msg=name
         )
+
+
+def test_a_finished_run_is_prolonged(whole, root, run):
+    """Its rows stay, and its first model remains the reference."""
+    run_dir, _ = whole
+    shutil.copytree(run_dir, root / "longer")
+    code, _, err = run("--resume", "longer", "--finetune-steps", 5)
+    assert code == 0, err
+    rows = (root / "longer" / "finetune.csv").read_text()
+    assert rows.startswith((run_dir / "finetune.csv").read_text())
+    assert curve_of(root / "longer")["step"].tolist() == [1, 2, 3, 4, 5]
+    assert table_of(root / "longer")["finetuned"]["oracle_calls"] == 5 * 32
+    assert json.loads((root / "longer/args.json").read_text())["finetune_steps"] == 5
+    message = run("--resume", "longer", "--finetune-steps", 3)[2]
+    assert message == "error: --finetune-steps of that run is 5, and may grow\n"
+    name = "pretrained.safetensors"
+    assert (run_dir / name).read_bytes() == (root / "longer" / name).read_bytes()
+
+
+def test_a_tuned_model_keeps_its_reference(whole, root, run):
+    """As the start of another run, whose KL and likelihoods are to the first model."""
+    run_dir, _ = whole
+    flags = TINY[: TINY.index("--hidden-dim")]
+    flags += ["--finetune-steps", 1, "--grad-steps", 1, "--run-dir", "again"]
+    code, _, err = run(*flags, "--pretrained", run_dir / "finetuned.safetensors")
+    assert code == 0, err
+    assert curve_of(root / "again")["kl_pretrained"] > 0  # before the first step
+    table = table_of(root / "again")
+    assert list(table) == ["pretrained", "finetuned"]
+    assert [row["oracle_calls"] for row in table.values()] == [0, 32]
+    old = load_file(run_dir / "finetuned.safetensors")
+    new = load_file(root / "again" / "finetuned.safetensors")
+    for name, array in old.items():
+        same = np.array_equal(array, new[name])
+        assert same == name.startswith("pretrained.") or "time" in name
+
+
+def test_designs_keep_their_template(whole, run):
+    """And are written once each, best first, with the scores of both oracles."""
+    run_dir, _ = whole
+    template = "ACGT" + "N" * 40 + "TTTT"
+    command = [sys.executable, "-m", "dna.generate", str(run_dir)]
+    command += ["--num", "40", "--template", template]
+    end = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert end.returncode == 0, end.stderr
+    rows = list(csv.DictReader((run_dir / "designs.csv").open()))
+    (run_dir / "designs.csv").unlink()
+    sequences = [row["sequence"] for row in rows]
+    assert len(set(sequences)) == len(rows) > 30
+    for letters in sequences:
+        assert len(letters) == LENGTH
+        assert letters.startswith("ACGT") and letters.endswith("TTTT")
+    x = np.stack([encode(letters) for letters in sequences]).astype(np.int32)
+    for part in ("ft", "eval"):
+        found = [float(row[part]) for row in rows]
+        want = motif_score(load_motifs(part=part), x)
+        np.testing.assert_allclose(found, want, atol=1e-3)
+    best_first = [float(row["ft"]) for row in rows]
+    assert best_first == sorted(best_first, reverse=True)
+    command[-1] = "ACGX"
+    end = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert end.stderr == "error: --template must have the letters A, C, G, T and N\n"
 
 
 def test_files_of_drakes_and_a_judge_of_your_own(root, run):
@@ -301,6 +378,9 @@ BAD_INPUT = {
     f"--oracle {ENFORMER} --oracle-column 3": "--oracle-column 3, but",
     "--oracle absent:f --eval-oracle motif": "No module named 'absent'",
     "--oracle reward:absent --eval-oracle motif": "AttributeError",
+    "--oracle reward:same --eval-oracle motif": "the ft oracle gives 8 training",
+    "--eval-oracle reward:same": "the held_out oracle gives 8 training",
+    "--eval-oracle reward:away": "RuntimeError: model server away",
     "--data tiny.csv --score-column k562": "no column k562, but seq, hepg2, cell",
     "--data tiny.csv --run-dir used": "used: File exists",
     "--resume absent": "absent is no run folder",
@@ -361,6 +441,33 @@ def test_another_training_set_is_refused(whole, call, tmp_path, monkeypatch):
     (copy / "args.json").write_text(json.dumps(args | {"data": str(other)}))
     message, _, _ = call(f"--resume {copy}")
     assert message.startswith(f"error: {other}")
+
+
+def test_a_folder_in_use_is_refused(whole, call, tmp_path):
+    run_dir, _ = whole
+    copy = folder_of(run_dir, tmp_path)
+    with (copy / "args.json").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        message, _, _ = call(f"--resume {copy}")
+    assert message == f"error: another process trains in {copy}"
+
+
+CUT = {  # a CSV as a killed run left it, and what is kept up to step 2
+    "": None,
+    "step,lo": None,
+    "step,loss\n": "step,loss\n",
+    "step,loss\n1,0.5\n2,0.4\n3,0.3\n12,0.2\n": "step,loss\n1,0.5\n2,0.4\n",
+    "step,loss\n1,0.5\n2": "step,loss\n1,0.5\n",
+    "step,loss\n1,0.5\n2,0.": "step,loss\n1,0.5\n",
+}
+
+
+@pytest.mark.parametrize("text", CUT)
+def test_rows_behind_the_checkpoint_are_cut_off(text, tmp_path):
+    path = tmp_path / "finetune.csv"
+    path.write_text(text)
+    cut_rows(path, 2)
+    assert (path.read_text() if path.exists() else None) == CUT[text]
 
 
 def test_a_constant_score_is_no_reference(call, root):

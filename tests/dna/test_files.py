@@ -16,8 +16,8 @@ def test_a_model_is_read_back(tmp_path):
     tuned = jax.tree.map(lambda leaf: leaf + 1, THETA)
     models = {"pretrained": THETA, "finetuned": tuned}
     save_tree(path, models, "generator", data="mine.csv")
-    found, data = simpo_dna.load_generator(path)
-    assert data == "mine.csv"
+    found, meta = simpo_dna.load_generator(path)
+    assert meta["data"] == "mine.csv"
     assert jax.tree.structure(found) == jax.tree.structure(models)
     jax.tree.map(np.testing.assert_array_equal, found, models)
 

@@ -1,182 +1,198 @@
-"""Section 3.4 on the bandit's landscape `escape`: eq. (8), a network trained by eq. (7), eq. (10).
+"""Section 3.4 on the bandit's landscape `escape`: the velocity of eq. (8), that of a
+network trained by eq. (7), and the density rho_t of eq. (10).
 
-    python benchmark/bandit/field.py --out benchmark/bandit     # field.png and field.csv
+    python -m benchmark.bandit.field --out benchmark/bandit   # field.png and field.csv
 
-A row of field.csv compares, at a time t, the density rho_t of eq. (10) with particles that follow
-the closed form or the network: negative_mass is that of rho_t, tv_* are total variation distances.
+Particles follow each velocity from N(0, 1) at t = 1 to t = 0. At some times, field.csv
+has the mass of rho_t where it is negative, and the total variation distance of rho_t
+from the particles: of the closed form, eq. (8), and of the network.
+Shapes: A actions, M nodes of quadrature, T times, P particles, C bins.
 """
 
-import argparse
-import csv
 import functools
-import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import tyro
+from jax.scipy.stats import norm
 from matplotlib.figure import Figure
 
 import simpo_bandit as bandit
 from common import solve_nu
 
-STEPS = 300  # gradient steps of the network
-TIMES = np.append(np.linspace(1, 0, 250, endpoint=False), 0).astype(np.float32)  # 1 .. 0
-COLOURS = {"closed_form": "tab:cyan", "network": "tab:brown"}
+ESCAPE = bandit.LANDSCAPES["escape"]
+LAM = bandit.Args.lam
+NEG_CLIPS = (0.0, -0.2)  # l of the upper row of the figure and of the lower one
+GRAD_STEPS = 300  # of the network
+EULER_STEPS = 250  # T
+TIMES = np.linspace(1, 0, EULER_STEPS + 1, dtype=np.float32)
+PARTICLES = 4000  # P
+WIDTH = 0.05  # of a bin
+EDGES = np.linspace(-5, 5, 201)
+MIDDLES = np.linspace(-4.975, 4.975, 200)  # [C]
+ACTIONS = np.linspace(-3, 3, 241, dtype=np.float32)  # [A], of the figure
 
 
+# ---- eqs. (8), (10) and (11) by quadrature -------------------------------------------
 class Target(NamedTuple):
-    """The signed measure w pi_old on M nodes, for quadrature."""
+    """The signed measure w pi_old, where pi_old is the landscape's initial Gaussian."""
 
     a0: jax.Array  # [M], evenly spaced
-    mass: jax.Array  # [M], of pi_old, sums to 1
-    w: jax.Array  # [M], mean 1 under mass
+    mass: jax.Array  # [M], of pi_old; sums to 1
+    w: jax.Array  # [M], of mean 1 under mass
 
 
-def make_target(lam, landscape, neg_clip, num_nodes=2001):
-    """Stage I without sampling error: eq. (11) under the landscape's initial Gaussian."""
-    z = jnp.linspace(-6, 6, num_nodes)
-    mass = jax.nn.softmax(-(z**2) / 2)
-    a0 = landscape.mean + landscape.std * z
-    return Target(a0, mass, target_weight(lam, landscape, neg_clip, a0))
+def normal_quantiles(num):
+    """num points of N(0, 1) of equal mass."""
+    return norm.ppf((jnp.arange(num) + 0.5) / num)
 
 
-def target_weight(lam, landscape, neg_clip, a0, num_nodes=4096):
-    """w of eq. (11) at a0 [A]; nu, mean and std of R come from nodes of equal mass of pi_old."""
-    quantiles = jax.scipy.special.ndtri((jnp.arange(num_nodes) + 0.5) / num_nodes)
-    reward = landscape.reward(landscape.mean + landscape.std * quantiles)
-    mean, std = reward.mean(), reward.std()
-    nu = solve_nu((reward - mean) / std, lam, 1, neg_clip)
-    return jnp.maximum(((landscape.reward(a0) - mean) / std - nu) / lam, neg_clip)
+def make_target(neg_clip):
+    """Stage I without the error of sampling."""
+    nodes = ESCAPE.start_mean + ESCAPE.start_std * normal_quantiles(4096)
+    reward = ESCAPE.reward(nodes)
+    mean = reward.mean()
+    std = reward.std()
+    nu = solve_nu((reward - mean) / std, LAM, 1, neg_clip)
+
+    z = jnp.linspace(-6, 6, 2001)
+    a0 = ESCAPE.start_mean + ESCAPE.start_std * z
+    mass = jax.nn.softmax(norm.logpdf(z))
+    q = (ESCAPE.reward(a0) - mean) / std
+    return Target(a0, mass, w=jnp.maximum((q - nu) / LAM, neg_clip))
 
 
-def closed_form(target, at, t):
-    """Eq. (8) and its denominator: at [A], t in (0, 1] -> vel [A], E[w | a_t] [A].
+def closed_form(target, a_t, t):
+    """Eq. (8): a_t [A], t in (0, 1] -> velocity [A], its denominator E[w | a_t] [A].
 
-    Where E[w | a_t] <= 0 the loss has no minimum (section 3.4, case II) and vel means nothing.
-    """
-    a0, mass, w = (x[None] for x in target)  # [1, M]
-    noise = (at[:, None] - (1 - t) * a0) / t  # [A, M]
-    posterior = jax.nn.softmax(jnp.log(mass) - noise**2 / 2, axis=-1)  # p(a0 | a_t)
-    mean_w = jnp.sum(posterior * w, axis=-1)
-    vel = jnp.sum(posterior * w * (noise - a0), axis=-1)
-    return vel / jnp.where(mean_w == 0, 1.0, mean_w), mean_w
+    Where E[w | a_t] <= 0 the loss has no minimum (section 3.4, case II), and the
+    velocity means nothing."""
+    noise = (a_t[:, None] - (1 - t) * target.a0) / t  # [A, M]
+    posterior = jax.nn.softmax(jnp.log(target.mass) - noise**2 / 2)  # of a0 given a_t
+    mean_w = posterior @ target.w
+    velocity = (posterior * (noise - target.a0)) @ target.w
+    underflow = mean_w == 0
+    return velocity / jnp.where(underflow, 1.0, mean_w), mean_w
 
 
-def closed_form_velocity(target, at, t):
-    """`closed_form` at many particles, read off a grid of step 0.01 in [-5, 5]."""
+def closed_form_velocity(target, a_t, t):
+    """`closed_form` at many particles, read off a grid."""
     grid = jnp.linspace(-5, 5, 1001)
-    return jnp.interp(at, grid, closed_form(target, grid, t)[0])
+    velocity, _ = closed_form(target, grid, t)
+    return jnp.interp(a_t, grid, velocity)
 
 
-def path_density(target, a, t):
-    """rho_t of eq. (10) at a [A], t in (0, 1]; negative where the signed measure is."""
-    kernel = jnp.exp(-(((a[:, None] - (1 - t) * target.a0[None]) / t) ** 2) / 2)
-    return kernel @ (target.w * target.mass) / (t * math.sqrt(2 * math.pi))
+def path_density(target, t):
+    """rho_t of eq. (10) at MIDDLES [C], t in (0, 1]."""
+    a = MIDDLES[:, None]
+    kernel = norm.pdf(a, (1 - t) * target.a0, t)  # [C, M]
+    return np.asarray(kernel @ (target.w * target.mass))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def flow_path(velocity, params, times, num_particles):
-    """Euler along times [K], from 1 downwards, of the quantiles of N(0, 1) -> [K, particles];
-    velocity(params, a, t)."""
-
-    def euler(at, step):
-        t, dt = step
-        return jnp.clip(at - dt * velocity(params, at, t), -1e3, 1e3), at
-
-    start = jax.scipy.special.ndtri((jnp.arange(num_particles) + 0.5) / num_particles)
-    last, path = jax.lax.scan(euler, start, (times[:-1], times[:-1] - times[1:]))
-    return jnp.concatenate([path, last[None]])
-
-
+# ---- network and particles -----------------------------------------------------------
 @jax.jit
-def fit_target(landscape, target, theta, key):
-    """A network, refitted by `flow_loss` to the target on fresh samples of pi_old."""
+def fit_network(target):
+    """The landscape's initial policy after GRAD_STEPS steps of eq. (7), each on fresh
+    samples of pi_old."""
 
     def draw(key):
-        a0 = landscape.mean + landscape.std * jax.random.normal(key, (512,))
+        z = jax.random.normal(key, (512,))
+        a0 = ESCAPE.start_mean + ESCAPE.start_std * z
         return a0, jnp.interp(a0, target.a0, target.w)
 
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-    return bandit.fit_flow(theta, optimiser.init(theta), optimiser, draw, STEPS, key)[0]
+    args = bandit.Args(policy_lr=1e-3)
+    k_init, k_fit = jax.random.split(jax.random.key(1))
+    states = bandit.init_states(args, ESCAPE, k_init[None])
+    theta = jax.tree.map(lambda x: x[0], states.theta)
+    adam = bandit.flow_optimiser(args)
+    opt = adam.init(theta)
+    theta, _ = bandit.fit_flow(theta, opt, adam, draw, GRAD_STEPS, k_fit)
+    return theta
 
 
-def field_rows(neg_clip, target, paths, width=0.05):
-    """Rows of field.csv for one target; paths are {name: [times, particles]}."""
-    edges = np.arange(-5, 5 + width / 2, width)
-    for k in range(25, 250, 25):
-        rho = np.asarray(path_density(target, (edges[1:] + edges[:-1]) / 2, TIMES[k]))
-        row = {"neg_clip": f"{neg_clip:g}", "t": f"{TIMES[k]:.3f}"}
-        row["negative_mass"] = f"{np.maximum(-rho, 0).sum() * width:.4f}"
-        for name, path in paths.items():
-            share = np.histogram(path[k], edges)[0] / path.shape[1]
-            distance = (np.abs(share - rho * width).sum() + 1 - share.sum()) / 2
-            row[f"tv_{name}"] = f"{distance:.4f}"
-        yield row
+@functools.partial(jax.jit, static_argnums=0)
+def flow_path(velocity, params):
+    """Particles at TIMES [T + 1, P], by Euler steps of velocity(params, a_t, t)."""
+
+    def euler(a_t, t):
+        step = velocity(params, a_t, t) / EULER_STEPS
+        return jnp.clip(a_t - step, -1e3, 1e3), a_t
+
+    last, path = jax.lax.scan(euler, normal_quantiles(PARTICLES), TIMES[:-1])
+    return jnp.vstack([path, last])
 
 
-def draw_row(fig, axes, clip, target, theta, paths):
-    """Both velocity fields with paths of particles, and the densities near t = 0."""
-    a, times = np.linspace(-3, 3, 241, dtype=np.float32), TIMES[:-1]
-    vel, mean_w = jax.lax.map(lambda t: closed_form(target, a, t), times)
-    vel, mean_w = np.where(mean_w == 0, np.nan, vel), np.asarray(mean_w)
-    network = jax.lax.map(lambda t: bandit.flow_velocity(theta, jnp.asarray(a), t), times)
-    fields = {"closed_form": (vel, "eq. (8)"), "network": (network, f"network, {STEPS} steps")}
-    for axis, (name, (field, title)) in zip(axes, fields.items(), strict=False):
-        image = axis.pcolormesh(
-            times, a, np.asarray(field).T, cmap="RdBu_r", vmin=-4, vmax=4, rasterized=True
-        )
-        axis.plot(TIMES, paths[name][:, 100::200], color="black", lw=0.5)
-        if clip:
-            axis.contourf(times, a, mean_w.T, [-9, 0], colors="none", hatches=["////"])
-            axis.contour(times, a, mean_w.T, [0], colors="black", linewidths=1)
-        axis.set(xlabel="t", ylabel="$a_t$", ylim=(-3, 3), title=f"{title}, l = {clip:g}")
-        fig.colorbar(image, ax=axis, label="velocity")
-    rho = np.asarray(path_density(target, a, TIMES[-5]))
-    axes[2].plot(a, rho, color="black", label="eq. (10)")
-    for name, path in paths.items():
-        bins, label = np.linspace(-3, 3, 121), f"samples, {name.replace('_', ' ')}"
-        axes[2].hist(path[-5], bins, density=True, color=COLOURS[name], alpha=0.6, label=label)
-    axes[2].axhline(0, color="0.7", lw=0.5)
-    limits = 1.5 * min(rho.min(), -0.05), 1.3 * rho.max()
-    axes[2].set(xlabel="a", title=f"density at t = {TIMES[-5]:.3f}, l = {clip:g}", ylim=limits)
+def total_variation(rho, particles):
+    """Distance of rho [C] from particles [P]; those outside count in the end bins."""
+    count, _ = np.histogram(np.clip(particles, -5, 5), EDGES)
+    return np.abs(count / PARTICLES - rho * WIDTH).sum() / 2
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--neg-clip", type=float, default=-0.2, help="l of the second row")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True, help="folder")
-    flags = parser.parse_args()
-    flags.out.mkdir(parents=True, exist_ok=True)
-    args, landscape = bandit.Args(), bandit.LANDSCAPES["escape"]
-    k_init, k_fit = jax.random.split(jax.random.key(flags.seed))
-    start = bandit.init_learners(args, landscape, k_init[None]).theta
-    start = jax.tree.map(lambda x: x[0], start)
-    fig, rows = Figure((13, 7.4), layout="constrained"), []
-    axes = fig.subplots(2, 3)
-    for row, clip in zip(axes, (0.0, flags.neg_clip), strict=True):
-        target = make_target(args.lam, landscape, clip)
-        theta = fit_target(landscape, target, start, k_fit)
-        paths = {
-            "closed_form": np.asarray(flow_path(closed_form_velocity, target, TIMES, 4000)),
-            "network": np.asarray(flow_path(bandit.flow_velocity, theta, TIMES, 4000)),
-        }
-        rows += field_rows(clip, target, paths)
-        draw_row(fig, row, clip, target, theta, paths)
-    handles = axes[0, 2].get_legend_handles_labels()[0]
-    fig.legend(handles=handles, loc="outside lower right", ncols=3)
-    fig.savefig(flags.out / "field.png", dpi=70)
-    with (flags.out / "field.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+# ---- figure --------------------------------------------------------------------------
+def draw_field(axis, target, velocity, params, path):
+    """velocity(params, a_t, t), case II hatched, and every 200th particle."""
+    times = TIMES[:-1]
+    field = jax.lax.map(lambda t: velocity(params, ACTIONS, t), times)
+    _, mean_w = jax.lax.map(lambda t: closed_form(target, ACTIONS, t), times)
+    image = axis.pcolormesh(times, ACTIONS, field.T, cmap="RdBu_r")
+    image.set_clim(-4, 4)
+    axis.figure.colorbar(image, label="velocity")
+    if mean_w.min() < 0:
+        case_2 = axis.contourf(times, ACTIONS, mean_w.T, [-9, 0], colors="none")
+        case_2.set(hatch="//")
+    axis.plot(TIMES, path[:, 100::200], color="black", lw=0.5)
+    axis.set(xlabel="t", ylabel="$a_t$", ylim=(-3, 3))
+
+
+def draw_density(axis, rho, particles):
+    """rho_t [C] beside particles [P] of both velocities."""
+    axis.hist(
+        particles,
+        EDGES,
+        density=True,
+        histtype="stepfilled",
+        alpha=0.5,
+        label=["particles of eq. (8)", "of the network"],
+    )
+    axis.plot(MIDDLES, rho, color="black", label="eq. (10)")
+    axis.set(xlabel="a", ylabel="density")
+    axis.set(xlim=(-3, 3), ylim=(-0.3, 3))
+    axis.legend()
+
+
+def main(out: Path):
+    fig = Figure((13, 7.4), layout="constrained")
+    rows = ["neg_clip,t,negative_mass,tv_closed_form,tv_network"]
+    for axes, neg_clip in zip(fig.subplots(2, 3), NEG_CLIPS, strict=True):
+        target = make_target(neg_clip)
+        theta = fit_network(target)
+        exact = flow_path(closed_form_velocity, target)
+        fitted = flow_path(bandit.flow_velocity, theta)
+        for k in range(25, EULER_STEPS, 25):
+            rho = path_density(target, TIMES[k])
+            numbers = [
+                np.maximum(-rho, 0).sum() * WIDTH,
+                total_variation(rho, exact[k]),
+                total_variation(rho, fitted[k]),
+            ]
+            numbers = ",".join(f"{x:.4f}" for x in numbers)
+            rows.append(f"{neg_clip:g},{TIMES[k]:.3f},{numbers}")
+
+        draw_field(axes[0], target, closed_form_velocity, target, exact)
+        draw_field(axes[1], target, bandit.flow_velocity, theta, fitted)
+        rho = path_density(target, TIMES[-5])
+        draw_density(axes[2], rho, [exact[-5], fitted[-5]])
+        axes[0].set_title(f"eq. (8), l = {neg_clip:g}")
+        axes[1].set_title(f"network after {GRAD_STEPS} steps")
+        axes[2].set_title(f"t = {TIMES[-5]:.3f}")
+
+    out.mkdir(parents=True, exist_ok=True)
+    fig.savefig(out / "field.png", dpi=70)
+    (out / "field.csv").write_text("\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -1,0 +1,137 @@
+"""Joins runs of simpo_dna.py into a CSV, a table of medians over seeds, and a figure.
+
+    python -m benchmark.dna.results runs/table3/*
+
+Run folders are named {data}__{method}__{seed}; rows come from metrics.csv and
+baselines.csv, those of the untrained once for each seed. top_share is the held-out
+score as a share of the real HepG2 sites' 99.9 % quantile; kl_pretrained, the estimate
+of the KL in nats a sequence, and w_kl are means over the last tenth of finetune.csv.
+The figure shows held-out score against that KL; a dot ends a run, dashes are of other
+data than the generated set.
+"""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+
+from dna.data import REWARD
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).parent
+PRINTED = {  # column: digits
+    "ft": 2,
+    "eval": 2,
+    "top_share": 2,
+    "eval_shuffled": 2,
+    "w_kl": 2,
+    "kl_pretrained": 0,
+    "log_lik": 0,
+    "js_6mer": 3,
+    "motif_ratio": 2,
+    "gc": 2,
+    "unique": 2,
+    "distance": 0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # folders, {data}__{method}__{seed}
+    out: Path = HERE / "table.csv"
+    figure: Path = HERE / "divergence.png"
+
+
+def read_curve(run):
+    return np.genfromtxt(run / "finetune.csv", delimiter=",", names=True, ndmin=1)
+
+
+def read_run(run, method):
+    """Rows {name: {column: number}} of one folder."""
+    top = json.loads(REWARD.read_text())["eval"]["top"]
+    curve = read_curve(run)
+    last = curve[-max(len(curve) // 10, 1) :]
+    rows = {}
+    for path in (run / "metrics.csv", run / "baselines.csv"):
+        if not path.exists():
+            continue
+        for row in csv.DictReader(path.open()):
+            name = row.pop("method")
+            row["top_share"] = f"{float(row['eval']) / top:.4g}"
+            tuned = name == "finetuned"
+            for column in ("kl_pretrained", "w_kl"):
+                row[column] = f"{np.nanmean(last[column]):.4g}" if tuned else "nan"
+            rows[method if tuned else name] = row
+    return rows
+
+
+def print_table(rows):
+    print("| data | method | seeds |", " | ".join(PRINTED), "|")
+    print("|---" * (len(PRINTED) + 3) + "|")
+    for data, method in dict.fromkeys(key[:2] for key in rows):
+        seeds = [row for key, row in rows.items() if key[:2] == (data, method)]
+        cells = []
+        for column, digits in PRINTED.items():
+            values = np.array([float(row[column]) for row in seeds])
+            cell = "-" if np.isnan(values).all() else f"{np.median(values):.{digits}f}"
+            if column in ("ft", "eval") and len(seeds) > 1:
+                cell += f" ({values.min():.{digits}f} to {values.max():.{digits}f})"
+            cells.append(cell)
+        print(f"| {data} | {method} | {len(seeds)} |", " | ".join(cells), "|")
+
+
+def draw_curve(axis, run, method, style, colours):
+    """Held-out score against the KL over the judged iterations; a colour a method."""
+    curve = read_curve(run)
+    curve = curve[np.isfinite(curve["kl_pretrained"])]
+    label = None if method in colours else method
+    colour = colours.setdefault(method, f"C{len(colours)}")
+    axis.plot(
+        curve["kl_pretrained"],
+        curve["eval_median"],
+        style,
+        color=colour,
+        label=label,
+        marker="o",
+        markevery=[-1],
+        ms=4,
+    )
+
+
+def main(args):
+    rows = {}
+    colours = {}
+    figure, axis = plt.subplots(figsize=(7, 5))
+    for run in args.runs:
+        parts = run.name.split("__")
+        if len(parts) != 3 or not (run / "metrics.csv").exists():
+            raise SystemExit(f"error: {run} is no complete DATA__METHOD__SEED")
+        data, method, seed = parts
+        for name, row in read_run(run, method).items():
+            rows.setdefault((data, name, seed), row)
+        style = "-" if data == "generated" else "--"
+        draw_curve(axis, run, method, style, colours)
+    axis.set_xlabel("estimate of the KL to the pretrained model, nats a sequence")
+    axis.set_ylabel("held-out score of the samples")
+    axis.legend(fontsize=8)
+    figure.savefig(args.figure, dpi=80, bbox_inches="tight")
+
+    with args.out.open("w", newline="") as file:
+        first = next(iter(rows.values()))
+        columns = ["data", "method", "seed", *first]
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for (data, method, seed), row in rows.items():
+            names = {"data": data, "method": method, "seed": seed}
+            writer.writerow(names | row)
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -749,9 +749,10 @@ def make_run_dir(args, name):
         try:
             run_dir.mkdir(parents=True)
             break
-        except FileExistsError:
-            if args.run_dir:
-                raise SystemExit(f"error: --run-dir {base} exists") from None
+        except OSError as error:
+            if args.run_dir or not isinstance(error, FileExistsError):
+                reason = f"--run-dir {run_dir}: {error.strerror}"
+                raise SystemExit(f"error: {reason}") from None
             run_dir = Path(f"{base}-{count}")  # two runs started in one second
 
     here = Path(__file__).parent
@@ -800,6 +801,7 @@ def main():
     sys.path.append(os.getcwd())  # where --env-id module:Name-v0 looks too
     os.environ.setdefault("MUJOCO_GL", "egl")  # films without a screen
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")  # faster
+    np.seterr(over="ignore")  # require_finite reports it
     jax.config.update("jax_default_matmul_precision", "float32")
     use_all_cores()
     args = parse_args()

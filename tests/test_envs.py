@@ -199,6 +199,14 @@ def test_a_simulation_made_again_at_reset_keeps_its_episodes(ball_xml):
     env.close()
 
 
+def test_films_follow_the_body_where_a_camera_does(ball_xml):
+    env = make_env(dataclasses.replace(ARGS, env_id="HalfCheetah-v4"))
+    camera = env.unwrapped.mujoco_renderer.camera_id
+    assert env.unwrapped.model.camera(camera).name == "track"
+    env = make_env(with_env("Rebuild"))
+    assert env.unwrapped.mujoco_renderer.camera_id == -1  # the free camera
+
+
 def test_what_mujoco_does_to_a_simulation_is_not_changed(tmp_path, monkeypatch):
     """A state set in mid-episode, back in time, ends no episode."""
     monkeypatch.chdir(tmp_path)  # MuJoCo writes a log
@@ -248,6 +256,7 @@ def test_a_value_that_is_not_finite_in_float32_is_named(capsys, name, value):
         ("tiny_envs:HalfBounded-v0", "bounded"),
         ("tiny_envs:WholeActions-v0", "int64"),
         ("tiny_envs:Image-v0", "(2, 2)"),
+        ("tiny_envs:Grid-v0", "(2, 2)"),
         ("tiny_envs:Goal-v0", "goal"),
         ("tiny_envs:MissingFile-v0", "FileNotFoundError"),
         ("tiny_envs:TwoLines-v0", "KeyError"),

@@ -427,7 +427,9 @@ def test_an_environment_of_the_working_directory(whole, root):
     assert (ours[:, 2] != theirs[:, 2]).all()
 
 
-@pytest.mark.parametrize("kind", ["Whole", "Bytes", "Halves", "CSeed", "Faint"])
+@pytest.mark.parametrize(
+    "kind", ["Whole", "Bytes", "Halves", "CSeed", "Faint", "Plain"]
+)
 def test_unusual_environments_are_trained(root, kind):
     stop_after(50 + 300)
     flags = ["--env-id", f"tiny_envs:{kind}-v0"]
@@ -441,16 +443,15 @@ def test_unusual_environments_are_trained(root, kind):
         assert re.fullmatch(r"0,0,-\d\.\d{6,8}e-0\d,50", text)
 
 
-@pytest.mark.parametrize("kind", ["Nan", "Beyond", "Loud"])
+@pytest.mark.parametrize("kind", ["Nan", "Beyond"])
 def test_an_environment_that_is_not_finite_ends_with_code_3(root, twin, kind):
-    """In one line, also where it prints when it is closed."""
+    """In one line."""
     folder = root / kind
     folder.mkdir()
     flags = ["--env-id", f"tiny_envs:{kind}-v0"]
-    code, out, err = twin.run(*RANDOM, *flags, cwd=folder)
+    code, _, err = twin.run(*RANDOM, *flags, cwd=folder)
     assert code == 3, err
     assert err == "error: observation is not finite at step 0\n"
-    assert ("threads stopped" in out) == (kind == "Loud")
     assert not (folder / "run" / "eval.csv").exists()
 
 

@@ -176,13 +176,6 @@ class Beyond(Nan):
     value = 1e39
 
 
-class Loud(Nan):
-    """Prints when it is closed, as simulators do."""
-
-    def close(self):
-        print("simulator: threads stopped", flush=True)
-
-
 # ---- what makes environments, their seeds and actions --------------------------------
 
 
@@ -250,6 +243,19 @@ BALL = """
   <actuator><motor joint="x" ctrlrange="-1 1"/></actuator>
 </mujoco>
 """
+
+
+class Plain(Point):
+    """Its constructor takes nothing."""
+
+    def __init__(self):
+        super().__init__()
+
+
+class Grid(Point):
+    """Actions are matrices."""
+
+    shape = (2, 2)
 
 
 class Rebuild(MujocoEnv):

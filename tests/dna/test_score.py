@@ -1,6 +1,7 @@
 """dna/score.py: scores as CSV, agreement with a column, and oracles that misbehave."""
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -189,3 +190,33 @@ def test_a_bad_oracle_is_one_line(name, call, oracles):
 def test_a_module_that_raises_is_one_line(call, oracles):
     message, _, _ = call("x.csv", "--oracle", "broken:f")
     assert message == "error: oracle broken:f: OSError: no weights"
+
+
+# Two outputs: the share of C, and that of G before T.
+MODEL_OF_TORCH = """
+import torch
+
+class Model(torch.nn.Module):
+    def forward(self, x):
+        pairs = x[:, 2, :-1] * x[:, 3, 1:]
+        return torch.stack([x[:, 1].mean(dim=1), pairs.mean(dim=1)], dim=1)
+
+model = Model().eval()
+"""
+
+
+def test_a_pytorch_model_is_an_oracle(call, tmp_path, monkeypatch):
+    """By the block in dna/README.md, which is saved as the module."""
+    pytest.importorskip("torch")
+    (tmp_path / "my_model.py").write_text(MODEL_OF_TORCH)
+    page = (ROOT / "dna" / "README.md").read_text()
+    [block] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "torch_oracle.py").write_text(block)
+    write_csv(tmp_path / "x.csv", range(64))
+
+    flags = ("--oracle", "torch_oracle:score", "--oracle-column", 1)
+    code, out, _ = call("x.csv", *flags)
+    assert code == 0
+    found = [float(row["ft"]) for row in csv.DictReader(out.splitlines())]
+    for letters, q in zip(LETTERS, found, strict=True):
+        assert q == pytest.approx(letters.count("GT") / 59, abs=1e-4)

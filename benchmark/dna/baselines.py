@@ -2,10 +2,10 @@
 
     python -m benchmark.dna.baselines runs/table3/*
 
-Writes best-of-n.fasta, smc.fasta and baselines.csv, whose columns are those of
+Writes best-of-{n}.fasta, smc.fasta and baselines.csv, whose columns are those of
 metrics.csv, to each run folder that has none.
 
-best-of-n draws n samples for each one that it keeps, so that the oracle is called as
+Best of n draws n samples for each one that it keeps, so that the oracle is called as
 often as in fine-tuning. smc is that of DRAKES' evaluation (controlled_sample_SMC):
 after every step each population of 64 is resampled with weights
 exp((r(x_s) - r(x_t)) / alpha), where r is the score of the argmax prediction of x0.
@@ -113,12 +113,13 @@ def main(run):
     alpha = ALPHA * sd
     print(f"alpha       {alpha:.3f}, {ALPHA} sd of {len(masks)} pretrained scores")
     n = max(args.finetune_steps * layout.size // args.eval_samples, 1)
+    best = f"best-of-{n}"
     drawn = {
-        "best-of-n": best_of_n(args, theta, oracles.ft, masks, n, layout, k_best),
+        best: best_of_n(args, theta, oracles.ft, masks, n, layout, k_best),
         "smc": smc(args, theta, oracles.ft, alpha, masks, layout, k_smc),
     }
     calls = {
-        "best-of-n": n * len(masks),
+        best: n * len(masks),
         "smc": args.sampling_steps * len(masks),
     }
 

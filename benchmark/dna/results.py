@@ -2,12 +2,12 @@
 
     python -m benchmark.dna.results runs/table3/*
 
-Run folders are named {data}__{method}__{seed}; rows come from metrics.csv and
-baselines.csv, those of the untrained once for each seed. top_share is the held-out
+Run folders are named {data}__{method}__{seed}. Rows of table.csv come from metrics.csv
+and baselines.csv, those of the untrained once for each seed. top_share is the held-out
 score as a share of the real HepG2 sites' 99.9 % quantile; kl_pretrained, the estimate
 of the KL in nats a sequence, and w_kl are means over the last tenth of finetune.csv.
-The figure shows held-out score against that KL; a dot ends a run, dashes are of other
-data than the generated set.
+curves.csv has the judged rows of finetune.csv. The figure shows their held-out score
+against the KL; a dot ends a run, dashes are of other data than the generated set.
 """
 
 import csv
@@ -39,13 +39,13 @@ PRINTED = {  # column: digits
     "unique": 2,
     "distance": 0,
 }
+CURVE = ("step", "q_median", "eval_median", "kl_pretrained", "kl", "w_kl")
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # folders, {data}__{method}__{seed}
-    out: Path = HERE / "table.csv"
-    figure: Path = HERE / "divergence.png"
+    out: Path = HERE  # folder of table.csv, curves.csv and divergence.png
 
 
 def read_curve(run):
@@ -86,10 +86,8 @@ def print_table(rows):
         print(f"| {data} | {method} | {len(seeds)} |", " | ".join(cells), "|")
 
 
-def draw_curve(axis, run, method, style, colours):
-    """Held-out score against the KL over the judged iterations; a colour a method."""
-    curve = read_curve(run)
-    curve = curve[np.isfinite(curve["kl_pretrained"])]
+def draw_curve(axis, curve, method, style, colours):
+    """Held-out score against the KL; a colour a method."""
     label = None if method in colours else method
     colour = colours.setdefault(method, f"C{len(colours)}")
     axis.plot(
@@ -104,8 +102,16 @@ def draw_curve(axis, run, method, style, colours):
     )
 
 
+def write_rows(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(args):
     rows = {}
+    curve_rows = []
     colours = {}
     figure, axis = plt.subplots(figsize=(7, 5))
     for run in args.runs:
@@ -114,22 +120,23 @@ def main(args):
             raise SystemExit(f"error: {run} is no complete DATA__METHOD__SEED")
         data, method, seed = parts
         for name, row in read_run(run, method).items():
-            rows.setdefault((data, name, seed), row)
+            names = {"data": data, "method": name, "seed": seed}
+            rows.setdefault((data, name, seed), names | row)
+        curve = read_curve(run)
+        curve = curve[np.isfinite(curve["kl_pretrained"])]
+        for judged in curve:
+            row = {"data": data, "method": method, "seed": seed}
+            for name in CURVE:
+                row[name] = f"{judged[name]:.4g}"
+            curve_rows.append(row)
         style = "-" if data == "generated" else "--"
-        draw_curve(axis, run, method, style, colours)
+        draw_curve(axis, curve, method, style, colours)
     axis.set_xlabel("estimate of the KL to the pretrained model, nats a sequence")
     axis.set_ylabel("held-out score of the samples")
     axis.legend(fontsize=8)
-    figure.savefig(args.figure, dpi=80, bbox_inches="tight")
-
-    with args.out.open("w", newline="") as file:
-        first = next(iter(rows.values()))
-        columns = ["data", "method", "seed", *first]
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        for (data, method, seed), row in rows.items():
-            names = {"data": data, "method": method, "seed": seed}
-            writer.writerow(names | row)
+    figure.savefig(args.out / "divergence.png", dpi=80, bbox_inches="tight")
+    write_rows(args.out / "table.csv", list(rows.values()))
+    write_rows(args.out / "curves.csv", curve_rows)
     print_table(rows)
 
 

@@ -53,7 +53,7 @@ def test_baselines_search_and_are_measured_as_the_models_are(root):
     found = rows_of(run / "baselines.csv")
     models = rows_of(run / "metrics.csv")
     untrained = float(models["pretrained"]["ft"])
-    assert list(found) == ["best-of-n", "smc"]
+    assert list(found) == ["best-of-6", "smc"]
     for name, row in found.items():
         assert row.keys() == models["pretrained"].keys()
         x = samples_of(run / f"{name}.fasta")
@@ -63,7 +63,7 @@ def test_baselines_search_and_are_measured_as_the_models_are(root):
             assert float(row[part]) == pytest.approx(want, abs=1e-3)
         assert float(row["ft"]) > untrained + 0.1
     calls = 12 * 32
-    assert found["best-of-n"]["oracle_calls"] == str(calls)  # as many as fine-tuning
+    assert found["best-of-6"]["oracle_calls"] == str(calls)  # as many as fine-tuning
     assert models["finetuned"]["oracle_calls"] == str(calls)
     assert found["smc"]["oracle_calls"] == str(4 * 64)
 
@@ -82,10 +82,9 @@ def test_populations_are_resampled_alone():
 
 def test_the_table_and_the_figure(root, tmp_path, capsys):
     runs = (root / "tiny__exp__1", root / "tiny__square__1")
-    args = results.Args(runs, out=tmp_path / "table.csv", figure=tmp_path / "d.png")
-    results.main(args)
+    results.main(results.Args(runs, out=tmp_path))
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
-    methods = ["pretrained", "exp", "best-of-n", "smc", "square"]  # the untrained once
+    methods = ["pretrained", "exp", "best-of-6", "smc", "square"]  # the untrained once
     assert [row["method"] for row in rows] == methods
     top = json.loads(REWARD.read_text())["eval"]["top"]
     curve = np.genfromtxt(runs[0] / "finetune.csv", delimiter=",", names=True)
@@ -96,8 +95,15 @@ def test_the_table_and_the_figure(root, tmp_path, capsys):
         assert np.isfinite(float(row["kl_pretrained"])) == is_tuned
     assert float(rows[1]["w_kl"]) == pytest.approx(curve["w_kl"][-1], rel=1e-3)
     out = capsys.readouterr().out
-    assert "| tiny | best-of-n | 1 |" in out
-    assert (tmp_path / "d.png").stat().st_size > 5000
+    assert "| tiny | best-of-6 | 1 |" in out
+    rows = list(csv.DictReader((tmp_path / "curves.csv").open()))
+    steps = [row["step"] for row in rows]
+    assert steps == ["1", "11", "12"] * 2  # the judged ones
+    last = curve["eval_median"][-1]
+    assert float(rows[2]["eval_median"]) == pytest.approx(last, rel=1e-3)
+    assert rows[2]["method"] == "exp"
+    assert rows[3]["method"] == "square"
+    assert (tmp_path / "divergence.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("name", ["mine", "a__b__1"])

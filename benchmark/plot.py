@@ -42,12 +42,13 @@ def average(runs, name):
     x = x[(first <= x) & (x <= last)]
     if len(x) == 0:
         fail(f"the seeds of {name} have no x in common")
-    y = np.stack([np.interp(x, run.x, run.y) for run in runs])
-    mean = y.mean(axis=0)
+    y = [np.interp(x, run.x, run.y) for run in runs]
+    mean = np.mean(y, axis=0)
     if len(runs) == 1:
         return x, mean, mean, mean
-    both = bootstrap((y,), np.mean, method="percentile", n_resamples=2000, rng=0)
-    return x, mean, *both.confidence_interval
+    options = {"method": "percentile", "n_resamples": 2000, "rng": 0}
+    low, high = bootstrap([y], np.mean, **options).confidence_interval
+    return x, mean, low, high
 
 
 def looks(names):
@@ -71,9 +72,11 @@ def draw_published(axis, task, names):
     """Draws the paper's means of these methods and of TD3, dashed -> [mean]."""
     heights = []
     for name in ("TD3", *dict.fromkeys(name.removesuffix(OLDER) for name in names)):
-        mean, _ = PUBLISHED.get(("paper", name), {}).get(task, (None, None))
-        if mean is not None:
-            axis.axhline(mean, color=COLOURS.get(name, "grey"), ls="--", lw=1)
+        tasks = PUBLISHED.get(("paper", name), {})
+        if task in tasks:
+            mean, _ = tasks[task]
+            colour = COLOURS.get(name, "grey")
+            axis.axhline(mean, color=colour, ls="--", lw=1)
             heights.append(mean)
     return heights
 
@@ -99,17 +102,15 @@ def draw(curves, x, y, paper, note):
             runs = curves[task, name]
             at, mean, low, high = average(runs, f"{task}, {name}")
             marker = "o" if len(at) == 1 else None
-            (line,) = axis.plot(at, mean, lw=1.4, marker=marker, **look[name])
-            axis.fill_between(at, low, high, color=look[name]["color"], alpha=0.2, lw=0)
+            (line,) = axis.plot(at, mean, marker=marker, **look[name])
+            axis.fill_between(at, low, high, color=line.get_color(), alpha=0.2)
             seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
             handles[f"{name}, {seeds}"] = line
             heights += [*low, *high]
         if paper:
             heights += draw_published(axis, task, names)
-        heights = np.array(heights)[np.isfinite(heights)]
-        if len(heights):
-            margin = 0.07 * (np.ptp(heights) or 1)  # no line lies on the frame
-            axis.set_ylim(heights.min() - margin, heights.max() + margin)
+        margin = 0.07 * (np.ptp(heights) or 1)  # no line lies on the frame
+        axis.set_ylim(min(heights) - margin, max(heights) + margin)
         axis.set_title(task, fontsize=10)
         axis.grid(alpha=0.3)
         axis.set_xlabel("environment steps" if x == "step" else x)

@@ -14,6 +14,7 @@ evaluation; cells are mean +- standard deviation (n - 1) over seeds.
 
 import csv
 import json
+import math
 import struct
 import sys
 from collections import Counter
@@ -22,7 +23,6 @@ from typing import NamedTuple
 
 import numpy as np
 import tyro
-from scipy.stats import bootstrap, trim_mean
 from tensorboardX.proto.event_pb2 import Event
 
 KEY = ("task", "method", "seed")
@@ -67,7 +67,10 @@ def fail(message):
 # ---- files ---------------------------------------------------------------------------
 def read_table(path, growing=False):
     """Rows of a CSV as dicts; of one that grows, without a last line that is cut."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+    except UnicodeError:
+        fail(f"{path} is not UTF-8")
     if growing and lines and not lines[-1].endswith("\n"):
         lines.pop()
     reader = csv.DictReader(lines, strict=True)
@@ -263,12 +266,15 @@ class Run(NamedTuple):
 
 
 def number(path, row, column):
-    try:
-        return float(row[column])
-    except KeyError:
+    if column not in row:
         fail(f"{path} has no column {column}, but {', '.join(row)}")
+    try:
+        value = float(row[column])
     except ValueError:
-        fail(f"{path}: {column} is {row[column]}, which is no number")
+        value = math.nan
+    if not math.isfinite(value):
+        fail(f"{path}: {column} is {row[column]}, which is no finite number")
+    return value
 
 
 def read_runs(paths, x="step", y="return", select=()):
@@ -399,30 +405,6 @@ def returns_table(curves, with_published):
     return [rule, "", *(f"| {' | '.join(row)} |" for row in lines)]
 
 
-def compare_methods(curves):
-    """A sentence on the difference of Lin. Neg. and Linear over tasks."""
-    names = ("Lin. Neg.", "Linear")
-    gaps = []
-    for task in TASKS:
-        if all((task, name) in curves for name in names):
-            means = [last_values(curves[task, name])[1].mean() for name in names]
-            stds = [PUBLISHED["paper", name][task][1] for name in names]
-            gaps.append((means[0] - means[1]) / np.sqrt(np.mean(np.square(stds))))
-    if len(gaps) < 2:
-        return "Too few tasks to compare Lin. Neg. with Linear."
-
-    def interquartile_mean(values, axis=-1):
-        return trim_mean(values, 0.25, axis=axis)
-
-    options = {"method": "percentile", "n_resamples": 10_000, "rng": 0}
-    low, high = bootstrap([gaps], interquartile_mean, **options).confidence_interval
-    return (
-        f"Lin. Neg. less Linear over {len(gaps)} tasks, in standard deviations of the "
-        f"paper's seeds: {interquartile_mean(gaps):.2f} ({low:.2f} to {high:.2f}; "
-        "interquartile mean and its 95 % bootstrap interval over tasks)."
-    )
-
-
 def show(files: Paths, column: str = "return", select: Select = ()):
     """Print a table in Markdown, the paper's and others' numbers beside ours.
 
@@ -433,10 +415,7 @@ def show(files: Paths, column: str = "return", select: Select = ()):
     """
     curves = group_runs(read_runs(files, y=column, select=select))
     in_table2 = column == "return" and any(task in TASKS for task, _ in curves)
-    lines = returns_table(curves, in_table2)
-    if in_table2:
-        lines += ["", compare_methods(curves)]
-    print("\n".join(lines))
+    print("\n".join(returns_table(curves, in_table2)))
 
 
 def main():

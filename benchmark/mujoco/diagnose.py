@@ -35,7 +35,8 @@ def play(args, state, envs):
     while running.any() and len(steps) < simpo.EVAL_STEPS:
         key = jax.random.key(1)
         a0 = simpo.best_action(args, state, obs, args.num_samples, key, len(steps))
-        q = simpo.q_values(state.critics, obs, a0[:, None]).min(axis=0)[:, 0]
+        q = simpo.q_values(state.critics, obs, a0[:, None])  # [2, E, 1]
+        q = q.min(axis=0)[:, 0]
         next_obs, reward, terminated, truncated, _ = envs.step(np.asarray(a0))
         steps.append((obs, np.asarray(q), reward, running))
         obs = next_obs
@@ -57,8 +58,9 @@ def correlation(x, y):
     """Mean over states of the correlation over samples: x, y [B, N]."""
     x = x - x.mean(axis=1, keepdims=True)
     y = y - y.mean(axis=1, keepdims=True)
-    scale = np.maximum(x.std(axis=1) * y.std(axis=1), 1e-12)
-    return ((x * y).mean(axis=1) / scale).mean()
+    covariance = (x * y).mean(axis=1)
+    scale = x.std(axis=1) * y.std(axis=1)
+    return np.mean(covariance / np.maximum(scale, 1e-12))
 
 
 def main(run: tyro.conf.Positional[Path]):
@@ -84,7 +86,8 @@ def main(run: tyro.conf.Positional[Path]):
     met = obs[running][::10]
     key = jax.random.key(2)
     a0 = simpo.sample_actions(args, state.theta_old, met, SAMPLES, key)
-    one, two = np.asarray(simpo.q_values(state.critics, met, a0), np.float64)
+    q = simpo.q_values(state.critics, met, a0)
+    one, two = np.float64(q)
     print(f"spread,,{np.std(a0, axis=1).mean():.4g}")
     print(f"q_std,,{np.minimum(one, two).std(axis=1).mean():.4g}")
     print(f"disagreement,,{np.abs(one - two).mean():.4g}")

@@ -80,7 +80,6 @@ def dpmd(peers, batch):
 
 def gempo(peers, batch):
     """-> update() and act() as in examples/online/main_mujoco_offpolicy.py."""
-    sys.path.insert(0, str(peers / "flow-rl"))
     import jax
     from flowrl.agent.online.gempo import GeMPOAgent
     from flowrl.types import Batch
@@ -147,8 +146,7 @@ def compare(program, peers, env_id):
         sampler="ddpm",
         policy_delay=2 if program == "dpmd" else 1,
     )
-    env = dict(os.environ)
-    env.pop("PYTHONPATH", None)
+    env = os.environ | {"PYTHONPATH": str(peers / "flow-rl")}  # not installed
     env.pop("JAX_NUM_CPU_DEVICES", None)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

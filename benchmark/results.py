@@ -54,6 +54,7 @@ PLACE = {"run_dir", "resume", "evaluate"}  # flags that say where a run is, not 
 # flags that name no curve: of task, method and seed, or without effect on training
 UNNAMED = {"seed", "env_id", "domain", "task", "reward", "weighting", "power", *PLACE}
 UNNAMED |= {"eval_every", "eval_episodes", "log_every", "capture_video", "track"}
+UNNAMED |= {"checkpoint_every"}
 Paths = tyro.conf.Positional[tuple[Path, ...]]
 Select = tuple[tuple[str, str], ...]  # of rows: column, value
 
@@ -184,14 +185,19 @@ def hours_of(folder):
     return round(seconds / 3600, 2) or ""
 
 
-def describe(folder):
-    """What a row of .runs.csv has beside task, method and seed."""
-    rows = read_evaluations(folder)
-    versions = read_json(folder / "versions.json")
+def flags_of(folder):
+    """A run's flags as one would type them."""
     flags = []
     for name, value in read_json(folder / "args.json").items():
         if name not in PLACE and value is not None and value is not False:
             flags.append(f"--{name.replace('_', '-')} {value}".removesuffix(" True"))
+    return " ".join(flags)
+
+
+def describe(folder):
+    """What a row of .runs.csv has beside task, method and seed."""
+    rows = read_evaluations(folder)
+    versions = read_json(folder / "versions.json")
     return {
         "status": "done" if is_complete(folder) else "unfinished",
         "step": rows[-1]["step"] if rows else "",
@@ -200,7 +206,7 @@ def describe(folder):
         "cores": versions.get("cores", ""),
         "hours": versions.get("hours") or hours_of(folder),
         "jax": versions.get("jax", ""),
-        "flags": " ".join(flags),
+        "flags": flags_of(folder),
     }
 
 
@@ -283,24 +289,47 @@ def read_runs(paths, x="step", y="return", select=()):
     Other folders are passed over, and so are rows without a value of x or y."""
     runs = []
     for path in paths:
-        flags = {}
+        flags = {}  # {key: those that may name a curve}
         if path.is_dir():
             key = identify(path)
             if key is None:
                 continue
             head = dict(zip(KEY, key, strict=True))
             rows = [head | row for row in read_evaluations(path)]
-            args = read_json(path / "args.json")
-            flags = {name: args[name] for name in args if name not in UNNAMED}
+            flags[curve_key(path, head)] = parse_flags(flags_of(path))
         else:
             rows = read_table(path)
+            about = path.with_suffix(".runs.csv")
+            for row in read_table(about) if about.exists() else ():
+                flags[curve_key(about, row)] = parse_flags(row["flags"])
         for key, points in read_points(path, rows, x, y, select).items():
             at = sorted(points)
             means = [np.mean(list(points[value].values())) for value in at]
-            runs.append(Run(*key, flags, np.array(at), np.array(means)))
+            runs.append(Run(*key, flags.get(key, {}), np.array(at), np.array(means)))
     if not runs:
         fail(f"no evaluations in {', '.join(map(str, paths)) or 'no files'}")
     return runs
+
+
+def curve_key(path, row):
+    """-> task, name of the method, seed."""
+    for column in KEY:
+        if column not in row:
+            fail(f"{path} has no column {column}: see benchmark.results collect")
+    method = NAMES.get(row["method"], row["method"])
+    method += OLDER if row.get("older") else ""
+    return row["task"], method, int(number(path, row, "seed"))
+
+
+def parse_flags(text):
+    """{name: value} of those flags that may name a curve."""
+    flags = {}
+    for flag in text.split("--")[1:]:
+        name, _, value = flag.strip().partition(" ")
+        name = name.replace("-", "_")
+        if name not in UNNAMED:
+            flags[name] = value
+    return flags
 
 
 def is_selected(row, select):
@@ -314,12 +343,7 @@ def read_points(path, rows, x, y, select):
     for row in rows:
         if row.get(x) == "" or row.get(y) == "" or not is_selected(row, select):
             continue
-        for column in KEY:
-            if column not in row:
-                fail(f"{path} has no column {column}: see benchmark.results collect")
-        method = NAMES.get(row["method"], row["method"])
-        method += OLDER if row.get("older") else ""
-        key = (row["task"], method, int(number(path, row, "seed")))
+        key = curve_key(path, row)
         episodes = runs.setdefault(key, {}).setdefault(number(path, row, x), {})
         episode = row.get("episode", len(episodes))
         if episode in episodes:
@@ -336,8 +360,8 @@ def group_runs(runs):
     for run in runs:
         name = run.method
         for flag, value in run.flags.items():
-            same_method = [other for other in runs if other.method == run.method]
-            if any(other.flags.get(flag) != value for other in same_method):
+            others = [x.flags for x in runs if x.method == run.method and x.flags]
+            if any(flags.get(flag) != value for flags in others):
                 name += f", {flag} {value}"
         seeds = curves.setdefault((run.task, name), [])
         if run.seed in [other.seed for other in seeds]:

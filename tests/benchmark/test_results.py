@@ -291,6 +291,21 @@ def test_curves_are_named_after_the_flags_in_which_runs_differ(tmp_path):
     }
 
 
+def test_a_table_knows_the_flags_of_its_runs(tmp_path):
+    """Two seeds of two settings are two curves, from the CSV as from the folders."""
+    one = write_run(tmp_path / "1", seed=1, tau=0.1)
+    two = write_run(tmp_path / "2", seed=2, tau=0.2)
+    out = tmp_path / "out.csv"
+    results.collect((one, two), out)
+    curves = results.group_runs(results.read_runs([out]))
+    names = [name for _, name in curves]
+    assert names == ["Linear, tau 0.1", "Linear, tau 0.2"]
+    three = write_run(tmp_path / "3", seed=3, tau=0.2, eval_every=7)
+    curves = results.group_runs(results.read_runs([out, three]))
+    seeds = [[run.seed for run in runs] for runs in curves.values()]
+    assert seeds == [[1], [2, 3]]
+
+
 def test_the_shipped_run_is_one_of_the_table(tmp_path):
     """Its rows in table2.csv, as `collect` reads them from its folder."""
     folder = shutil.copytree(ROOT / "benchmark/mujoco/halfcheetah", tmp_path / "run")

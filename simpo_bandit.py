@@ -59,9 +59,7 @@ class Args:
     run_dir: str | None = None  # default: runs/bandit__simpo_bandit__{seed}__{time}
     # --- Weights of the samples ---
     weighting: Literal["all", "exp", "linear", "square"] = "all"  # g in eq. (9)
-    neg_clip: float | None = (
-        None  # l in eq. (11); default: figure 2's Lin. Neg. at -0.6
-    )
+    neg_clip: float | None = None  # l, eq. (11); default: figure 2's Lin. Neg. at -0.6
     neg_until: float = 0.5  # share of the epochs over which l rises to 0; inf: it stays
     lam: float = 0.25  # lambda in eq. (9), in standard deviations of the N rewards
     eps_kl: float | None = None  # nats, eq. (30): lam starts at --lam, follows its dual
@@ -405,9 +403,11 @@ def create_run_dir(args):
     """A new folder with args.json and versions.json."""
     default = f"runs/bandit__simpo_bandit__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or default)
-    if run_dir.exists():
-        raise SystemExit(f"error: {run_dir} exists")
-    run_dir.mkdir(parents=True)
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        reason = f"--run-dir {run_dir}: {error.strerror}"
+        raise SystemExit(f"error: {reason}") from None
     git = f"git -C '{Path(__file__).parent}' rev-parse HEAD"
     status, commit = subprocess.getstatusoutput(git)
     versions = {"jax": jax.__version__, "commit": None if status else commit}
@@ -422,13 +422,12 @@ def main():
     args = tyro.cli(Args)
     run_dir = create_run_dir(args)
     curves = (run_dir / "curves.csv").open("w", buffering=1)  # a line at once
-    summary = (run_dir / "summary.csv").open("w", buffering=1)
     print("landscape,method,seed,epoch,regret", file=curves)
     header = (
         "landscape,method,seeds,"
         "at_best,final_regret,final_se,mean_regret,mean_se,final_spread"
     )
-    print(header, file=summary)
+    summary = [header]
     print(f"run folder {run_dir}\n{header}")
     seeds = args.seed + np.arange(args.num_seeds, dtype=np.uint32)
     keys = jax.vmap(jax.random.key)(seeds)
@@ -458,11 +457,14 @@ def main():
                     )
                 numbers = [f"{x:.4f}" for x in summarise(landscape, regret, final)]
                 row = f"{name},{method},{args.num_seeds},{','.join(numbers)}"
-                print(row, file=summary)
+                summary.append(row)
                 print(row, flush=True)
 
         # --- Draw ---
         draw_figure(run_dir / f"figure{figure}.png", regrets, starts)
+
+    # --- Write the summary, which only a complete run has ---
+    (run_dir / "summary.csv").write_text("\n".join(summary) + "\n")
 
 
 if __name__ == "__main__":

@@ -71,19 +71,27 @@ def read_run(run, method):
     return rows
 
 
-def print_table(rows):
-    print("| data | method | seeds |", " | ".join(PRINTED), "|")
-    print("|---" * (len(PRINTED) + 3) + "|")
-    for data, method in dict.fromkeys(key[:2] for key in rows):
-        seeds = [row for key, row in rows.items() if key[:2] == (data, method)]
-        cells = []
+def table_lines(rows):
+    """Lines of Markdown: medians over seeds, and the range of the scores."""
+    lines = [
+        "| " + " | ".join(["data", "method", "seeds", *PRINTED]) + " |",
+        "|---" * (len(PRINTED) + 3) + "|",
+    ]
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["data"], row["method"]), []).append(row)
+    for (data, method), seeds in groups.items():
+        cells = [data, method, str(len(seeds))]
         for column, digits in PRINTED.items():
             values = np.array([float(row[column]) for row in seeds])
-            cell = "-" if np.isnan(values).all() else f"{np.median(values):.{digits}f}"
-            if column in ("ft", "eval") and len(seeds) > 1:
-                cell += f" ({values.min():.{digits}f} to {values.max():.{digits}f})"
-            cells.append(cell)
-        print(f"| {data} | {method} | {len(seeds)} |", " | ".join(cells), "|")
+            low = f"{values.min():.{digits}f}"
+            high = f"{values.max():.{digits}f}"
+            cell = f"{np.median(values):.{digits}f}"
+            if column in ("ft", "eval") and low != high:
+                cell += f" ({low} to {high})"
+            cells.append(cell.replace("nan", "-"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def draw_curve(axis, curve, method, style, colours):
@@ -135,9 +143,10 @@ def main(args):
     axis.set_ylabel("held-out score of the samples")
     axis.legend(fontsize=8)
     figure.savefig(args.out / "divergence.png", dpi=80, bbox_inches="tight")
-    write_rows(args.out / "table.csv", list(rows.values()))
+    rows = list(rows.values())
+    write_rows(args.out / "table.csv", rows)
     write_rows(args.out / "curves.csv", curve_rows)
-    print_table(rows)
+    print(*table_lines(rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -2,25 +2,30 @@
 
     python simpo_mujoco.py --env-id Hopper-v4 --neg-clip -0.05
 
-Reproduces Table 2 of arXiv 2603.10250 (Algorithm 1, section 5.2, Table 4). One million
-steps take about three hours on two cores. To use it, copy this file and common.py.
+Section 5.2 of arXiv 2603.10250, with Algorithm 1 and the settings of its Table 4. One
+million steps take about three hours on two cores. To use it, copy this file and
+common.py. README.md has the results.
 
 Noise levels t = 0 .. T - 1 rise, with a_t = alpha_t a0 + sigma_t noise and
 velocity = alpha_t noise - sigma_t a0. Shapes: B states, N samples of a state,
 o observation, d action, H hidden units.
 
 Where the paper is silent, or we depart from it (evidence: docs/mujoco.md):
-1. The samples come from a slow copy of the policy, pi_old, which also acts.
-2. Gaussian noise that falls over the run is added to them and to actions; the smaller
-   target critic weights them; the squared error of a dimension is bounded.
-3. Critic targets take the best of 4 next actions, acting takes the best of 8.
+1. Samples come from a slow copy of the policy, pi_old, which also acts and serves the
+   critic targets.
+2. Gaussian noise that falls over the run is added to the samples and to actions.
+3. Critic targets take the best of 4 next actions, acting and evaluation the best of 8.
 4. Critics take two steps on a batch; target critics and pi_old follow at rate 0.02.
-5. Every power can be clipped at l, in eq. (11) only the linear weight.
-6. N = 8 and a sampler of six steps; the paper's text implies
-   `--num-samples 32 --sampler ddpm --sampling-steps 20`, which is eight times slower.
+5. l is in units of weights whose mean is 1, and clips every power; in eq. (11) it clips
+   the linear weight.
+6. The squared error of each dimension is bounded.
+7. The smaller of two target critics weights the samples.
+8. N = 8 and a deterministic sampler of six steps. `--num-samples 32 --sampler ddpm
+   --sampling-steps 20` has the paper's N and T, and takes four times as long.
 """
 
 import argparse
+import collections
 import dataclasses
 import fcntl
 import functools
@@ -41,7 +46,6 @@ import gymnasium as gym
 import imageio
 import jax
 import jax.numpy as jnp
-import mujoco
 import numpy as np
 import optax
 import tyro
@@ -68,7 +72,7 @@ class Args:
     env_id: str = "Hopper-v4"  # Gymnasium id; module:Name-v0 imports module first
     seed: int = 1  # of networks, actions, batches and training episodes
     total_timesteps: int = 1_000_000  # environment steps, over all environments
-    num_envs: int = 5  # environments; each step of all of them is followed by an update
+    num_envs: int = 5  # environments; each step of all of them comes with an update
     eval_every: int = 25_000  # environment steps between saves, each with an evaluation
     eval_episodes: int = 20  # of an evaluation, from the same starts every time
     run_dir: str | None = None  # default: runs/{env_id}__simpo_mujoco__{seed}__{time}
@@ -85,9 +89,9 @@ class Args:
     # --- Diffusion policy ---
     diffusion_steps: int = 20  # T, noise levels that the policy is trained on
     sampling_steps: int = 6  # noise levels that the sampler visits
-    sampler: Literal["ddpm", "dpm2"] = "dpm2"  # ancestral, or second-order and exact
+    sampler: Literal["ddpm", "dpm2"] = "dpm2"  # ancestral, or of second order
     target_samples: int = 4  # M: critic targets take the best of M next actions
-    act_samples: int = 8  # the action taken is the best of so many
+    act_samples: int = 8  # actions taken, and evaluated, are the best of so many
     noise_start: float = 0.5  # std of the noise on samples and actions, first update
     noise_end: float = 0.2  # the same at the last update; geometric in between
     error_bound: float = 5.0  # on the squared error of each action dimension
@@ -97,7 +101,7 @@ class Args:
     critic_lr: float = 3e-4  # Adam's rate for the critics, constant
     critic_steps: int = 2  # Adam steps of the critics on each batch and its targets
     gamma: float = 0.99  # discount
-    tau: float = 0.02  # rate at which target critics and pi_old follow
+    tau: float = 0.02  # rate at which target critics and pi_old follow, when updated
     reward_scale: float = 0.2  # of the rewards that the critics see
     batch_size: int = 256  # B
     buffer_size: int = 1_000_000  # most recent transitions that batches are drawn from
@@ -131,6 +135,10 @@ class Args:
             log_n = math.log(max(self.num_samples, 1))
             first_update = self.learning_starts + self.num_envs
             rules |= {
+                "--power must be above 0": self.power > 0,
+                "--noise-start and --noise-end: both 0 or neither": (
+                    (self.noise_start > 0) == (self.noise_end > 0)
+                ),
                 "--neg-clip must be at most 0": self.neg_clip <= 0,
                 f"--neg-clip is not for {self.weighting}": clipped or not self.neg_clip,
                 "--eps-kl must be in (0, log of --num-samples)": (
@@ -202,8 +210,8 @@ def policy_velocity(theta, obs, num_levels):
 
 
 # ---- diffusion -----------------------------------------------------------------------
-# These three functions are the path from data to noise. For a flow: alpha = 1 - sigma,
-# sigma = (t + 1) / T, velocity = noise - a0 and a0 = a_t - sigma velocity.
+# These three functions are the path from data to noise. docs/extending.md has those of
+# a flow: velocity = noise - a0.
 def schedule(num_levels):
     """alpha [T] and sigma [T], cosine as in Table 4 (Nichol and Dhariwal, eq. 17)."""
     s = (np.arange(num_levels + 1) / num_levels + 0.008) / 1.008
@@ -222,7 +230,8 @@ def to_a0(a_t, velocity, alpha, sigma):
 
 
 class Level(NamedTuple):
-    """A noise level and the sampler's step down from it, or arrays of rising levels:
+    """Of a noise level, the sampler's step down from it:
+
     a_next = coef_a0 a0 + coef_last (a0 predicted one level above) + coef_at a_t
              + std noise."""
 
@@ -236,13 +245,13 @@ class Level(NamedTuple):
 
 
 def sampler_levels(args):
-    """The levels visited, denser at low noise.
+    """The levels visited, upwards, as arrays in one Level. Low noise has more of them.
 
-    ddpm is Ho et al. (2006.11239) with variance beta_t, none in the last step (1);
+    ddpm is Ho et al. (2006.11239) with variance beta_t, without noise in the last step;
     dpm2 is DPM-Solver++(2M), Lu et al. (2211.01095)."""
     i = np.arange(args.sampling_steps)
     skipped = args.diffusion_steps - args.sampling_steps
-    t = np.round(i + skipped * (i / i[-1]) ** 1.7).astype(np.int32)  # 1.7: by trial
+    t = np.round(i + skipped * (i / i[-1]) ** 1.7).astype(np.int32)
 
     alpha, sigma = schedule(args.diffusion_steps)
     alpha = alpha[t]
@@ -250,6 +259,8 @@ def sampler_levels(args):
     alpha_next = np.append(1.0, alpha[:-1])
     sigma_next = np.append(0.0, sigma[:-1])
 
+    # a_next = coef_at a_t + coef_a0 D, where D is a0, or for dpm2 a0 extrapolated:
+    # D = a0 + extrapolate (a0 - last a0)
     std = np.zeros_like(alpha)
     extrapolate = np.zeros_like(alpha)
     if args.sampler == "ddpm":
@@ -257,12 +268,20 @@ def sampler_levels(args):
         std[1:] = np.sqrt(sigma**2 - (ratio * sigma_next) ** 2)[1:]
         coef_at = ratio * (sigma_next / sigma) ** 2
     else:
-        h = -np.diff(np.log(alpha / sigma))
-        extrapolate[1:-1] = h[:-1] / h[1:] / 2  # first and last steps are first-order
+        log_ratio_steps = -np.diff(np.log(alpha / sigma))
+        # the first and the last step are of first order
+        extrapolate[1:-1] = log_ratio_steps[:-1] / log_ratio_steps[1:] / 2
         coef_at = sigma_next / sigma
     coef_a0 = alpha_next - alpha * coef_at
-    coef_last = -extrapolate * coef_a0
-    return Level(t, alpha, sigma, coef_a0 - coef_last, coef_last, coef_at, std)
+    return Level(
+        t=t,
+        alpha=alpha,
+        sigma=sigma,
+        coef_a0=coef_a0 * (1 + extrapolate),
+        coef_last=-coef_a0 * extrapolate,
+        coef_at=coef_at,
+        std=std,
+    )
 
 
 def sample_actions(args, theta, obs, num_samples, key):
@@ -308,7 +327,7 @@ def weights(args, q, lam):
 
 # ---- update --------------------------------------------------------------------------
 class Batch(NamedTuple):
-    """B transitions; a truncated episode bootstraps, and so is not told apart."""
+    """B transitions. terminated is 0 at time limits, where targets bootstrap."""
 
     obs: np.ndarray  # [B, o]
     next_obs: np.ndarray  # [B, o]
@@ -318,7 +337,7 @@ class Batch(NamedTuple):
 
 
 class State(NamedTuple):
-    """Everything that training changes on the device; theta_old and critics play."""
+    """What training changes on the device; theta_old and critics choose actions."""
 
     theta: dict  # policy: its "net", and "time", the embedding of t
     theta_old: dict  # pi_old of Algorithm 1, a slow copy of theta (1)
@@ -327,7 +346,7 @@ class State(NamedTuple):
     theta_opt: optax.OptState
     critics_opt: optax.OptState
     log_lam: jax.Array
-    step: jax.Array  # updates of the critics so far
+    step: jax.Array  # updates so far, each of which steps the critics
 
 
 def policy_optimiser(args):
@@ -370,10 +389,9 @@ def noise_std(args, step):
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def best_action(args, state, obs, num_samples, key, step=0, std=0.0):
-    """The best of some samples of pi_old with noise, by the smaller critic.
+    """Of samples of pi_old the best by the smaller critic: obs [B, o] -> a0 [B, d].
 
-    obs [B, o]; step, which makes the key its own -> [B, d], which noise of this std can
-    lead out of [-1, 1]."""
+    Each step draws its own samples from the key. Noise of this std is added to them."""
     k_sample, k_noise = jax.random.split(jax.random.fold_in(key, step))
     a0 = sample_actions(args, state.theta_old, obs, num_samples, k_sample)
     a0 += std * jax.random.normal(k_noise, a0.shape)
@@ -384,7 +402,7 @@ def best_action(args, state, obs, num_samples, key, step=0, std=0.0):
 
 def update_critics(args, state, batch, key):
     """critic_steps steps towards r + gamma Q'(next_obs, best of M next actions)."""
-    # differs from paper: best of M (3), several steps on one batch (4)
+    # differs from paper: pi_old's (1) best of M (3), several steps on one batch (4)
     next_act = best_action(args, state, batch.next_obs, args.target_samples, key)
     next_q = q_values(state.critics_target, batch.next_obs, next_act[:, None])
     discount = args.gamma * (1 - batch.terminated[:, None])
@@ -425,13 +443,13 @@ def matching_loss(theta, args, obs, a0, w, key):
     a_t = alpha * a0 + sigma * noise
     velocity = policy_velocity(theta, obs, args.diffusion_steps)(a_t, t)
     error = (velocity - to_velocity(a0, noise, alpha, sigma)) ** 2
-    # differs from paper: bounds what w < 0 can gain by pushing away (2)
+    # differs from paper: bounded (6), or w < 0 gains without end by pushing away
     error = jnp.minimum(error, args.error_bound)
     return jnp.mean(w * jnp.sum(error, axis=-1))
 
 
 def update_policy(args, state, obs, key):
-    """Algorithm 1 at states obs [B, o] -> state, metrics."""
+    """A step of Algorithm 1 at states obs [B, o] -> state, metrics."""
     k_sample, k_noise, k_loss = jax.random.split(key, 3)
 
     # Stage I: samples of pi_old and their weights under the signed target measure
@@ -439,6 +457,7 @@ def update_policy(args, state, obs, key):
     spread = a0.std(axis=1).mean()
     # differs from paper: noise on the samples (2)
     a0 += noise_std(args, state.step) * jax.random.normal(k_noise, a0.shape)
+    # differs from paper: the smaller of two critics (7)
     q = q_values(state.critics_target, obs, a0).min(axis=0)  # [B, N]
     w = weights(args, q, jnp.exp(state.log_lam))
     log_lam, kl = update_lam(state.log_lam, q, args.kl_bound)
@@ -473,7 +492,9 @@ def update_policy(args, state, obs, key):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def update(args, with_policy, state, batch, key):
-    """One iteration of Algorithm 1 -> state, metrics {name: []}. `state` is donated."""
+    """One iteration: critics, and the policy if asked -> state, metrics {name: []}.
+
+    `state` is donated: its arrays must not be used afterwards."""
     k_next, k_policy = jax.random.split(jax.random.fold_in(key, state.step))
     state, metrics = update_critics(args, state, batch, k_next)
     if with_policy:  # every policy_delay updates
@@ -517,9 +538,10 @@ class Rescaled(gym.Wrapper):
 def make_env(args, **options):
     env = Rescaled(gym.make(args.env_id, **options))
     base = env.unwrapped
-    if hasattr(base, "mujoco_renderer"):  # films follow the body if a camera does
-        camera = mujoco.mjtObj.mjOBJ_CAMERA
-        base.mujoco_renderer.camera_id = mujoco.mj_name2id(base.model, camera, "track")
+    if hasattr(base, "mujoco_renderer"):  # films follow the body, if a camera does
+        for i in range(base.model.ncam):
+            if base.model.camera(i).name == "track":
+                base.mujoco_renderer.camera_id = i
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -552,6 +574,9 @@ def open_replay(args, path, obs_dim, act_dim, mode):
         ("reward", np.float32),
         ("terminated", np.float32),
     ]
+    size = args.buffer_size * np.dtype(fields).itemsize
+    if mode == "r+" and path.stat().st_size != size:
+        raise SystemExit(f"error: {path} is not whole")
     return np.memmap(path, fields, mode, shape=args.buffer_size)
 
 
@@ -569,9 +594,10 @@ def sample_batch(replay, step, rng, batch_size):
 
 # ---- evaluation and checkpoints ------------------------------------------------------
 def evaluate(args, envs, state, key, run_dir, step, table="eval.csv"):
-    """An episode of every environment, best of N, from the same starts every time.
+    """An episode in each of E environments, from the same starts every time.
 
-    Adds a row of `table` for each and films the first one -> returns [E]."""
+    Writes a row for each of them to the file `table`, films the first one, and gives
+    back their returns [E]."""
     obs, _ = envs.reset(seed=EVAL_SEED)
     returns = np.zeros(envs.num_envs)
     lengths = np.zeros(envs.num_envs, int)
@@ -580,7 +606,7 @@ def evaluate(args, envs, state, key, run_dir, step, table="eval.csv"):
     for t in range(EVAL_STEPS):
         if args.capture_video and running[0]:
             frames.append(envs.envs[0].render())
-        a0 = np.asarray(best_action(args, state, obs, args.num_samples, key, t))
+        a0 = np.asarray(best_action(args, state, obs, args.act_samples, key, t))
         obs, reward, terminated, truncated, _ = envs.step(a0)
         require_finite(step, action=a0, observation=obs, reward=reward)
         returns += reward * running
@@ -618,14 +644,20 @@ def save(path, state, step):
     temporary.replace(path)
 
 
-def load(path, state):
-    """-> state, environment step. Of a shipped checkpoint, which holds only what plays,
-    all else stays as it is in `state`."""
-    with np.load(path) as file:
-        arrays = named_leaves(state) | dict(file)
-    leaves = [jnp.asarray(arrays[name]) for name in named_leaves(state)]
-    tree = jax.tree.structure(state)
-    return jax.tree.unflatten(tree, leaves), int(arrays["env_step"])
+def load(path, state, whole=True):
+    """-> state, environment step. A file that is not whole, as the shipped ones, holds
+    what chooses actions; all else stays as it is in `state`."""
+    old = named_leaves(state)
+    try:
+        with np.load(path) as file:
+            arrays = dict(file) if whole else old | dict(file)
+        leaves = [jnp.asarray(arrays[name]) for name in old]
+        step = int(arrays["env_step"])
+    except Exception as error:  # no file, half a file, another kind of file
+        raise SystemExit(f"error: {path} is no checkpoint: {error!r}") from None
+    if [x.shape for x in leaves] != [x.shape for x in old.values()]:
+        raise SystemExit(f"error: {path} is of another environment or other flags")
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), step
 
 
 def load_policy(run_dir):
@@ -634,11 +666,11 @@ def load_policy(run_dir):
     env = make_env(args)
     key = jax.random.key(args.seed)
     state = init_state(args, *env.observation_space.shape, *env.action_space.shape, key)
-    state, _ = load(Path(run_dir) / "checkpoint.npz", state)
+    state, _ = load(Path(run_dir) / "checkpoint.npz", state, whole=False)
 
     def act(obs):
         obs = np.array([obs], np.float32)
-        a0 = best_action(args, state, obs, args.num_samples, key)
+        a0 = best_action(args, state, obs, args.act_samples, key)
         return env.get_wrapper_attr("action")(np.asarray(a0)[0])
 
     return act
@@ -649,23 +681,25 @@ def read_args(folder):
     """The flags of a run, from its folder."""
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())
-    except (OSError, ValueError):
-        raise SystemExit(f"error: {folder} is no run folder") from None
-    differing = set(saved) ^ set(vars(Args()))
-    if differing:
         versions = json.loads((Path(folder) / "versions.json").read_text())
-        raise SystemExit(
-            f"error: {folder} was made by commit {versions['commit']}, which differs"
-            f" in these flags: {', '.join(sorted(differing))}"
-        )
-    return Args(**saved)
+        differing = set(saved) ^ set(vars(Args()))
+        if not differing:
+            return Args(**saved)
+        commit = versions["commit"]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise SystemExit(f"error: {folder} is no run folder") from None
+    raise SystemExit(
+        f"error: {folder} was made by commit {commit}, which differs in these flags:"
+        f" {', '.join(sorted(differing))}"
+    )
 
 
 def parse_args():
     """The command line; beside --resume or --evaluate the flags of that run hold."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
-    parser.add_argument("--evaluate")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", type=Path)
+    either.add_argument("--evaluate", type=Path)
     folders, others = parser.parse_known_args()
     if folders.resume and not {"--track", "--capture-video"}.issuperset(others):
         raise SystemExit(
@@ -711,10 +745,12 @@ def use_all_cores():
 
 
 def shardings(args):
-    """A state lies whole on every device; a batch is split over those of a CPU."""
+    """Where a state lies, whole on each device, and a batch, split over a CPU's."""
     devices = jax.devices()
-    on_cpu = devices[0].platform == "cpu"
-    count = math.gcd(len(devices), args.batch_size) if on_cpu else 1
+    count = 1
+    if devices[0].platform == "cpu":
+        counts = range(1, len(devices) + 1)
+        count = max(n for n in counts if args.batch_size % n == 0)
     mesh = jax.sharding.Mesh(devices[:count], "batch")
     whole = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec("batch"))
@@ -734,9 +770,10 @@ def lock(run_dir):
 def main():
     # --- Flags and devices ---
     sys.path.append(os.getcwd())  # where --env-id module:Name-v0 looks too
-    os.environ.setdefault("MUJOCO_GL", "egl")  # films without a screen
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")  # faster
-    np.seterr(over="ignore")  # require_finite reports it
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # films without a screen
+    np.seterr(over="ignore")  # in float32; require_finite reports it
     jax.config.update("jax_default_matmul_precision", "float32")
     use_all_cores()
     args = parse_args()
@@ -754,11 +791,11 @@ def main():
     step = 0
     if args.resume or args.evaluate:
         run_dir = Path(args.resume or args.evaluate)
-        state, step = load(run_dir / "checkpoint.npz", state)
+        has_replay = (run_dir / "replay.dat").exists()
+        state, step = load(run_dir / "checkpoint.npz", state, whole=has_replay)
     else:
-        run_dir = make_run_dir(
-            args, f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
-        )
+        task = args.env_id.replace("/", "-").replace(":", "-")
+        run_dir = make_run_dir(args, f"{task}__{Path(__file__).stem}__{args.seed}")
 
     # --- Nothing to train ---
     if args.evaluate:
@@ -768,9 +805,9 @@ def main():
         print(f"step {step}: return {returns.mean():.1f} +- {returns.std():.1f}")
         print(f"evaluate.csv and films are in {run_dir}")
         return
-    if args.resume and not (run_dir / "replay.dat").exists():
+    if args.resume and not has_replay:
         what = "is complete" if step >= args.total_timesteps else "has no replay"
-        print(f"{run_dir} {what}: it only plays, with --evaluate")
+        print(f"{run_dir} {what}, and cannot be continued; --evaluate plays it")
         return
 
     # --- Replay ---
@@ -790,12 +827,13 @@ def main():
             config=vars(args),
             sync_tensorboard=True,
         )
-    writer = SummaryWriter(str(run_dir), purge_step=step + 1)
+    writer = SummaryWriter(str(run_dir), purge_step=step + 1, flush_secs=10)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
     bar.write(f"run folder {run_dir}, on {split.num_devices} x {jax.devices()[0]}")
-    recent = []  # returns of training episodes
+    recent = collections.deque(maxlen=20)  # returns of training episodes
     metrics = {}
-    timer = None  # when the last losses were logged
+    first_step = step
+    start = time.time()
 
     # --- Start the episodes; those of a resumed run are new ---
     envs = make_envs(args, args.num_envs)
@@ -811,12 +849,11 @@ def main():
             save(run_dir / "checkpoint.npz", state, step)
             returns = evaluate(args, eval_envs, state, k_eval, run_dir, step)
             writer.add_scalar("charts/eval_return", returns.mean(), step)
-            training = np.mean(recent[-20:] or [np.nan])
+            training = np.mean(recent or [np.nan])
             bar.write(
                 f"step {step}: return {returns.mean():.1f} +- {returns.std():.1f},"
                 f" of training episodes {training:.1f}"
             )
-            timer = None
         if done:
             break
 
@@ -832,40 +869,38 @@ def main():
             state, new_metrics = update(args, with_policy, state, batch, k_update)
             metrics |= new_metrics
             updates += 1
-            a0 = np.asarray(a0)
+            a0 = np.asarray(a0)  # waits for the action, while the update runs
         else:
             a0 = rng.uniform(-1, 1, (args.num_envs, act_dim)).astype(np.float32)
 
         # --- Step the environments ---
         next_obs, reward, terminated, truncated, infos = envs.step(a0)
         last_obs = next_obs.copy()
-        for i in np.flatnonzero(terminated | truncated):
+        ended = np.flatnonzero(terminated | truncated)
+        for i in ended:
             last_obs[i] = infos["final_obs"][i]
-            episode = infos["final_info"]["episode"]
-            recent.append(episode["r"][i])
-            writer.add_scalar("charts/episodic_return", episode["r"][i], step)
-            writer.add_scalar("charts/episodic_length", episode["l"][i], step)
         require_finite(step, action=a0, observation=last_obs, reward=reward)
         add_transitions(replay, step, Batch(obs, last_obs, a0, reward, terminated))
         obs = next_obs
         step += args.num_envs
         bar.update(args.num_envs)
 
-        # --- Log, once both programs of update are compiled ---
+        # --- Log episodes, and losses once both kinds of update were made ---
+        for i in ended:
+            episode = infos["final_info"]["episode"]
+            recent.append(episode["r"][i])
+            writer.add_scalar("charts/episodic_return", episode["r"][i], step)
+            writer.add_scalar("charts/episodic_length", episode["l"][i], step)
         if updates > args.policy_delay and step % LOG_EVERY < args.num_envs:
             metrics = jax.device_get(metrics)
-            require_finite(step, **metrics)
             for name, value in metrics.items():
                 writer.add_scalar(f"losses/{name}", value, step)
-            if timer:
-                sps = LOG_EVERY / (time.time() - timer)
-                writer.add_scalar("charts/SPS", sps, step)
-            timer = time.time()
-            bar.set_postfix(training_return=np.mean(recent[-20:] or [np.nan]))
+            require_finite(step, **metrics)
+            sps = (step - first_step) / (time.time() - start)
+            writer.add_scalar("charts/SPS", sps, step)
+            bar.set_postfix(training_return=np.mean(recent or [np.nan]))
 
     # --- End ---
-    envs.close()
-    eval_envs.close()
     writer.close()
     (run_dir / "replay.dat").unlink()  # only a resumed run needs it
     print(f"done: eval.csv, checkpoint.npz and TensorBoard events are in {run_dir}")

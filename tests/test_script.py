@@ -44,6 +44,7 @@ from simpo_mujoco import (
     parse_args,
     read_args,
     save,
+    shardings,
     write_rows,
 )
 
@@ -262,7 +263,7 @@ def test_load_policy_acts_in_the_units_of_the_environment(whole):
     for x in (-1.0, 0.0, 1.0):
         obs = np.array([x, 0.1, 1])
         key = jax.random.key(args.seed)
-        a0 = best_action(args, state, np.float32([obs]), args.num_samples, key)[0]
+        a0 = best_action(args, state, np.float32([obs]), args.act_samples, key)[0]
         expected = -1 + 2 * (np.asarray(a0) + 1)  # the space is [-1, 3]
         action = act(obs)
         assert action.dtype == np.float32
@@ -383,6 +384,37 @@ def test_what_is_no_run_folder(copy, flag):
     assert_refused(call(copy.parent, flag, "run"), "run is no run folder")
 
 
+def test_checkpoints_that_are_missing_broken_or_of_something_else(copy):
+    path = copy / "checkpoint.npz"
+    whole = path.read_bytes()
+    arrays = arrays_of(copy)
+    [critic, *_] = [name for name in arrays if name.startswith(".critics_target")]
+
+    path.unlink()
+    assert_refused(call(copy.parent, "--resume", "run"), "checkpoint", "FileNotFound")
+    path.write_bytes(whole[:1000])
+    assert_refused(call(copy.parent, "--evaluate", "run"), "is no checkpoint")
+    np.savez(path, **{x: arrays[x] for x in arrays if x != critic})
+    assert_refused(call(copy.parent, "--resume", "run"), "is no checkpoint", critic)
+    path.write_bytes(whole)
+    result = call(copy.parent, "--evaluate", "run", "--env-id", "Swimmer-v4")
+    assert_refused(result, "is of another environment or other flags")
+
+
+def test_a_replay_that_is_not_whole_is_refused(copy):
+    with (copy / "replay.dat").open("r+b") as file:
+        file.truncate(1000)
+    np.savez(copy / "checkpoint.npz", **arrays_of(copy) | {"env_step": 1200})
+    assert_refused(call(copy.parent, "--resume", "run"), "replay.dat is not whole")
+
+
+def test_one_folder_is_named(copy):
+    assert_refused(call(copy.parent, "--resume="), "is no run folder")
+    code, _, err = call(copy.parent, "--resume", "run", "--evaluate", "run")
+    assert code == 2
+    assert "not allowed with" in err
+
+
 def test_one_process_trains_in_a_folder(copy):
     held = lock(copy)
     result = call(copy.parent, "--resume", "run")
@@ -394,11 +426,11 @@ def test_a_complete_run_and_one_without_a_replay_only_play(copy):
     (copy / "replay.dat").unlink()
     code, out, err = call(copy.parent, "--resume", "run")
     assert code == 0, err
-    assert out == "run is complete: it only plays, with --evaluate\n"
+    assert out == "run is complete, and cannot be continued; --evaluate plays it\n"
     np.savez(copy / "checkpoint.npz", **arrays_of(copy) | {"env_step": 1200})
     code, out, err = call(copy.parent, "--resume", "run")
     assert code == 0, err
-    assert out == "run has no replay: it only plays, with --evaluate\n"
+    assert out == "run has no replay, and cannot be continued; --evaluate plays it\n"
 
 
 # ---- environments, films, run folders ------------------------------------------------
@@ -418,7 +450,7 @@ def test_an_environment_of_the_working_directory(whole, root):
     code, out, err = call(own, *POINT, *flags)
     assert code == 1, err
     [run] = (own / "runs").iterdir()
-    name = r"own_module:Own-v0__simpo_mujoco__4294967295__\d{8}-\d{6}"
+    name = r"own_module-Own-v0__simpo_mujoco__4294967295__\d{8}-\d{6}"
     assert re.fullmatch(name, run.name)
     assert max(tiny_envs.Point.seeds) < 2**31
     ours = read_evals(run)
@@ -531,6 +563,8 @@ def test_the_bound_on_the_kl_follows_from_the_number_of_samples():
         ("--total-timesteps 10000", "--learning-starts leaves no update"),
         ("--learning-starts 2000000", "--learning-starts leaves no update"),
         ("--num-envs 2000000", "--learning-starts leaves no update"),
+        ("--noise-end 0", "--noise-start and --noise-end"),
+        ("--power 0", "--power must be above 0"),
         ("--learning-starts 0", "--learning-starts must be at least 1"),
         ("--buffer-size 0", "--buffer-size"),
         ("--batch-size 0", "--batch-size"),
@@ -571,6 +605,13 @@ except SystemExit as end:
     print(end.code)
 print(*before, jax.device_count(), jax.config.jax_default_matmul_precision)
 """
+
+
+@pytest.mark.parametrize("batch_size,count", [(256, 2), (7, 1), (1, 1)])
+def test_a_batch_is_split_over_as_many_cores_as_divide_it(batch_size, count):
+    assert len(jax.devices()) == 2
+    whole, split = shardings(Args(batch_size=batch_size))
+    assert whole.num_devices == split.num_devices == count
 
 
 @pytest.mark.parametrize("name", ["simpo_mujoco", "simpo_dmc"])

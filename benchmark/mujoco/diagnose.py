@@ -34,7 +34,7 @@ def play(args, state, envs):
     steps = []
     while running.any() and len(steps) < simpo.EVAL_STEPS:
         key = jax.random.key(1)
-        a0 = simpo.best_action(args, state, obs, args.num_samples, key, len(steps))
+        a0 = simpo.best_action(args, state, obs, args.act_samples, key, len(steps))
         q = simpo.q_values(state.critics, obs, a0[:, None])  # [2, E, 1]
         q = q.min(axis=0)[:, 0]
         next_obs, reward, terminated, truncated, _ = envs.step(np.asarray(a0))

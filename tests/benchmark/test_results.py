@@ -1,6 +1,7 @@
 """benchmark/results.py: what it gathers and refuses, and its table."""
 
 import csv
+import functools
 import json
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ def write_run(folder, commit="aaaaaaa1", steps=(0, 1000), value=5.0, **flags):
         "track": False,
         "run_dir": str(folder),
     }
-    versions = {"commit": commit, "machine": "AMD EPYC", "cores": 1, "jax": "0.10.2"}
+    versions = {"commit": commit, "devices": "1 x cpu", "jax": "0.10.2"}
     rows = ["step,episode,return,length"]
     for step in steps:
         rows += [f"{step},0,{value - 1},9", f"{step},1,{value + 1},9"]
@@ -60,8 +61,6 @@ def refusal(function, *args, capsys):
 def test_a_row_for_each_episode_and_for_each_run(tmp_path):
     write_run(tmp_path / "Hopper-v4__choice__2", seed=2)
     write_run(tmp_path / "mine", neg_clip=-0.05, tau=0.1)
-    with (tmp_path / "mine" / "eval.csv").open("a") as file:
-        file.write("2000,0,7")  # is being written
     out = tmp_path / "out.csv"
     results.collect((tmp_path / "mine", tmp_path / "Hopper-v4__choice__2", ROOT), out)
     heads = [list(row.values())[:5] for row in read(out)]
@@ -87,8 +86,7 @@ def test_a_row_for_each_episode_and_for_each_run(tmp_path):
         "status": "done",
         "step": "1000",
         "commit": "aaaaaaa",
-        "machine": "AMD EPYC",
-        "cores": "1",
+        "devices": "1 x cpu",
         "hours": "",
         "jax": "0.10.2",
         "flags": flags,
@@ -129,6 +127,48 @@ def test_two_folders_of_one_run_are_refused(tmp_path, capsys):
     assert not (tmp_path / "out.csv").exists()
 
 
+def test_the_task_of_a_run_is_that_of_its_flags(tmp_path):
+    """One task whether started by hand or by run.py, which writes / and : as -."""
+    folder = write_run(tmp_path / "my-Own-Env-v0__choice__1", env_id="my:Own/Env-v0")
+    head = {"task": "my:Own/Env-v0", "method": "choice", "seed": 1}
+    assert results.identify(folder) == head
+    by_hand = write_run(tmp_path / "my-Own-Env-v0__simpo_mujoco__1__20260101-000000")
+    assert results.identify(by_hand) == head | {"task": "Hopper-v4", "method": "linear"}
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"env_id": "a", "total_timesteps": 9}'])
+def test_json_of_something_else_is_no_run(text, tmp_path):
+    other = write_run(tmp_path / "other")
+    (other / "args.json").write_text(text)
+    run = write_run(tmp_path / "run")
+    (run / "versions.json").write_text(text)
+    results.collect((other, run), tmp_path / "out.csv")
+    (row,) = read(tmp_path / "out.runs.csv")
+    assert (row["task"], row["commit"], row["status"]) == ("Hopper-v4", "", "done")
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path, capsys):
+    folders = write_run(tmp_path / "good"), tmp_path / "typo"
+    err = refusal(results.collect, folders, tmp_path / "out.csv", capsys=capsys)
+    assert "typo does not exist" in err
+
+
+def test_a_step_that_is_no_number_is_refused(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", steps=(0, "xx"))
+    err = refusal(results.collect, (folder,), tmp_path / "out.csv", capsys=capsys)
+    assert "run/eval.csv: step is xx" in err
+
+
+def test_rows_of_runs_without_a_description_are_not_dropped(tmp_path, capsys):
+    out = write_table(tmp_path / "out.csv", {"Ant-v4": [1]})
+    (tmp_path / "out.runs.csv").write_text("task,method,seed\n")
+    before = out.read_text()
+    new = write_run(tmp_path / "new")
+    err = refusal(results.collect, (new,), out, capsys=capsys)
+    assert "out.runs.csv lacks runs of" in err
+    assert out.read_text() == before
+
+
 def test_complete_is_what_made_its_last_evaluation(tmp_path):
     assert results.is_complete(write_run(tmp_path / "whole"))
     assert not results.is_complete(write_run(tmp_path / "short", steps=(0, 500)))
@@ -137,7 +177,7 @@ def test_complete_is_what_made_its_last_evaluation(tmp_path):
 
 
 def test_hours_are_those_of_work(tmp_path):
-    """Of each of two TensorBoard files; a tail of zeros is no time."""
+    """Of each of two TensorBoard files; zeros and garbage at the end are no time."""
     for hours in (1, 2):
         with SummaryWriter(str(tmp_path), filename_suffix=str(hours)) as writer:
             end = time.time() + 3600 * hours
@@ -146,7 +186,8 @@ def test_hours_are_those_of_work(tmp_path):
     assert len(paths) == 2
     assert results.hours_of(tmp_path) == 3
     paths[0].write_bytes(paths[0].read_bytes() + bytes(4096))
-    paths[1].write_bytes(paths[1].read_bytes() + b"\x20" + bytes(7) + b"cut")
+    garbage = b"\x04" + bytes(11) + b"\xff" * 8  # of a length that is there
+    paths[1].write_bytes(paths[1].read_bytes() + garbage)
     assert results.hours_of(tmp_path) == 3
 
 
@@ -163,6 +204,7 @@ def test_hours_are_those_of_work(tmp_path):
             "return is much, which is no finite number",
         ),
         ("Hopper-v4,linear,1,0,0,nan,9\n", "return is nan, which is no finite number"),
+        ("Hopper-v4,linear,1.2,0,0,5,9\n", "seed 1.2 is no integer"),
         ("", "no evaluations"),
     ],
 )
@@ -184,6 +226,12 @@ def test_columns_that_lack_or_repeat_are_refused(header, mention, tmp_path, caps
     path = tmp_path / "table.csv"
     path.write_text(header + "Hopper-v4,linear,1,0,0,5,9\n")
     assert mention in refusal(results.read_runs, [path], capsys=capsys)
+
+
+def test_without_a_column_of_episodes_a_step_has_one_row(tmp_path, capsys):
+    path = tmp_path / "table.csv"
+    path.write_text("task,method,seed,step,return\n" + "a,linear,1,10,5\n" * 2)
+    assert "two rows for" in refusal(results.read_runs, [path], capsys=capsys)
 
 
 def test_rows_out_of_order_and_of_a_spreadsheet(tmp_path):
@@ -220,6 +268,10 @@ def test_one_reading_of_two_is_selected(tmp_path, capsys):
     assert "--select" in refusal(results.read_runs, [path], capsys=capsys)
     found = results.read_runs([path], select=(("action", "mean"),))
     assert {run.method: run.y[0] for run in found} == {"Linear": 7, "Exp": 3}
+    for typo in (("mehtod", "linear"), ("action", "bset")):
+        select = (("action", "mean"), typo)
+        call = functools.partial(results.read_runs, [path], select=select)
+        assert f"--select {' '.join(typo)}" in refusal(call, capsys=capsys)
 
 
 # ---- tables --------------------------------------------------------------------------

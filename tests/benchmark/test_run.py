@@ -96,7 +96,7 @@ def test_any_task_and_flags_for_all_runs():
     assert planned.args["reward"] == "stock"
     runs = plan("table3", tasks=("sets/sites.csv.gz",), methods=("exp",))
     assert runs[0].folder.name == "sites__exp__1"
-    assert runs[0].args["data"] == "sets/sites.csv.gz"
+    assert runs[0].args["data"] == os.path.abspath("sets/sites.csv.gz")
 
 
 def test_dry_run_prints_the_commands(tmp_path):
@@ -116,6 +116,7 @@ def test_dry_run_prints_the_commands(tmp_path):
     [
         ("table9", "table9"),
         ("table2 --methods best", "--methods best is none of exp"),
+        ("table2 --seeds", "--seeds names none"),
         ("table2 --seeds 1 1", "HalfCheetah-v4__exp__1 is named twice"),
         ("table2 --tasks Ant-v4 Ant-v4", "Ant-v4__exp__1 is named twice"),
         ("figure5 --tasks cheetah", "--tasks cheetah is not DOMAIN-TASK"),
@@ -124,6 +125,7 @@ def test_dry_run_prints_the_commands(tmp_path):
         ("table2 -- --env_id=Ant-v4", "--env-id cannot follow --"),
         ("table2 -- --run_dir x", "--run-dir cannot follow --"),
         ("figure6 -- --num_samples 16", "--num-samples cannot follow --"),
+        ("table2 --methods linear -- --neg-clip -0.05", "--neg-clip cannot follow --"),
         ("table3 -- --data sites.csv", "--data cannot follow --"),
         ("table2 -- --gama 0.9", "--gama"),
         ("table2 -- --total-timesteps 10", "--total-timesteps"),
@@ -153,8 +155,30 @@ def test_a_run_of_other_flags_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run.check_folder(planned)
     assert f"has tau 0.5, not {planned.args['tau']}" in capsys.readouterr().err
+    (planned.folder / "args.json").write_text(json.dumps(planned.args | {"eps_kl": 1}))
+    with pytest.raises(SystemExit):
+        run.check_folder(planned)
+    assert "has eps_kl 1, not None" in capsys.readouterr().err
     (planned.folder / "args.json").write_text(json.dumps(planned.args))
     run.check_folder(planned)
+    (planned.folder / "args.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        run.check_folder(planned)
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_run_of_dna_is_that_of_its_file(tmp_path):
+    """Whose args.json has the checksum of that file."""
+    options = {"methods": ("exp",), "root": tmp_path}
+    (planned,) = plan("table3", tasks=("sites.csv",), **options)
+    planned.folder.mkdir()
+    saved = planned.args | {"data_sha256": "abc"}
+    (planned.folder / "args.json").write_text(json.dumps(saved))
+    run.check_folder(planned)
+    (planned.folder / "pretrain_checkpoint.tmp").touch()
+    assert not planned.is_begun()
+    (planned.folder / "pretrain_checkpoint.safetensors").touch()
+    assert planned.is_begun()
 
 
 def test_a_folder_of_the_users_stays(tmp_path):
@@ -168,16 +192,12 @@ def test_a_folder_of_the_users_stays(tmp_path):
     assert (planned.folder / "notes.txt").read_text() == "mine"
 
 
-def test_a_link_and_a_name_that_is_too_long_are_one_line(tmp_path):
-    root = tmp_path / "root"
-    root.mkdir()
-    (root / "Ant-v4__exp__1").symlink_to(tmp_path / "nowhere")
-    for task, mention in (("Ant-v4", "is a link"), ("A" * 300, "File name too long")):
-        flags = ["--tasks", task, "--methods", "exp", "--root", root]
-        code, _, err = end(command("table2", *flags))
-        assert code == 2
-        assert mention in err
-        assert err.count("\n") == 1
+def test_a_name_that_is_too_long_is_one_line(tmp_path):
+    flags = ["--tasks", "A" * 300, "--methods", "exp", "--root", tmp_path]
+    code, _, err = end(command("table2", *flags))
+    assert code == 2
+    assert "File name too long" in err
+    assert err.count("\n") == 1
 
 
 # ---- an attempt at a run -------------------------------------------------------------
@@ -210,15 +230,16 @@ def test_a_run_is_begun_resumed_and_skipped(tmp_path):
     assert planned.log.read_text().splitlines() == [begun, begun, resumed]
 
 
-@pytest.mark.parametrize("code, told", [(2, 2), (3, 3), (1, None), (-9, None)])
-def test_usage_and_divergence_are_told_and_others_raised(code, told, tmp_path):
-    end = "os.kill(os.getpid(), 9)" if code < 0 else f"os._exit({code})"
-    planned = make_run(tmp_path, f"import os; {end}")
-    if told is None:
-        with pytest.raises(RuntimeError, match=f"exit code {code}"):
-            run.train(planned, 1, 0, tmp_path)
-    else:
-        assert run.train(planned, 1, 0, tmp_path) == told
+@pytest.mark.parametrize("code", [1, 2, 3])
+def test_an_exit_code_is_told(code, tmp_path):
+    planned = make_run(tmp_path, f"raise SystemExit({code})")
+    assert run.train(planned, 1, 0, tmp_path) == code
+
+
+def test_a_killed_script_is_raised_for_ray_to_try_again(tmp_path):
+    planned = make_run(tmp_path, "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(RuntimeError, match="killed by signal 9"):
+        run.train(planned, 1, 0, tmp_path)
 
 
 # ---- sweeps --------------------------------------------------------------------------
@@ -284,8 +305,8 @@ def test_a_lost_worker_and_a_killed_driver_leave_no_gap(tmp_path):
     assert out.startswith("1 runs, 1 complete")
 
 
-def test_a_run_that_diverges_is_told_and_not_tried_again(tmp_path):
-    """An environment whose rewards end as nan."""
+def test_runs_that_fail_or_diverge_are_told_and_not_tried_again(tmp_path):
+    """An environment that is not there, and one whose rewards end as nan."""
     pytest.importorskip("ray")
     (tmp_path / "broken.py").write_text(
         "import gymnasium as gym\n"
@@ -296,7 +317,8 @@ def test_a_run_that_diverges_is_told_and_not_tried_again(tmp_path):
         "gym.register('Broken-v0', lambda **x: Broken(gym.make('Pendulum-v1', **x)))\n"
     )
     root = tmp_path / "root"
-    flags = ["--tasks", "broken:Broken-v0", "--methods", "exp", "--root", root]
+    tasks = ["broken:None-v0", "broken:Broken-v0"]
+    flags = ["--tasks", *tasks, "--methods", "exp", "--root", root]
     process = subprocess.run(
         [sys.executable, "-m", "benchmark.run", "table2", *flags, "--", *TINY],
         cwd=tmp_path,
@@ -305,9 +327,10 @@ def test_a_run_that_diverges_is_told_and_not_tried_again(tmp_path):
         text=True,
     )
     assert process.returncode == 1, process.stderr
+    assert "broken-None-v0__exp__1: failed" in process.stdout
     assert "broken-Broken-v0__exp__1: diverged" in process.stdout
-    log = (root / "logs/broken-Broken-v0__exp__1.log").read_text()
-    assert log.count("error:") == 1
+    for log in (root / "logs").iterdir():
+        assert log.read_text().count("error:") == 1
 
 
 def test_experiments_have_names_that_the_pages_use():

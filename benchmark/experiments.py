@@ -1,5 +1,6 @@
 """The paper's tables and figures as flags of the public scripts; run.py starts them."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,7 @@ class Experiment(NamedTuple):
     tasks: tuple[str, ...]
     methods: dict[str, str]  # {name: flags}
     flags: str = ""  # of all runs
-    result: str = (
-        "eval.csv"  # file of a complete run; eval.csv must reach the last step
-    )
+    result: str = "eval.csv"  # file of a complete run; this one reaches the last step
 
 
 WEIGHTINGS = {
@@ -65,7 +64,7 @@ def task_flags(script, task):
     if script == MUJOCO:
         return ["--env-id", task]
     if script == DNA and task != "generated":
-        return ["--data", task]
+        return ["--data", os.path.abspath(task)]
     if script != DMC:
         return []
     domain, _, rest = task.partition("-")

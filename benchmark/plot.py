@@ -54,31 +54,25 @@ def average(runs, name):
 def looks(names):
     """-> {name: colour and line style}. The paper's methods have one colour in all
     figures, others have colours as far apart as possible."""
+    methods = dict.fromkeys(name.removesuffix(OLDER) for name in names)
+    others = [method for method in methods if method not in COLOURS]
+    apart = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(others)))
+    colours = COLOURS | dict(zip(others, apart, strict=True))
     found = {}
-    others = []
     for name in names:
-        if name.removesuffix(OLDER) in COLOURS:
-            style = ":" if name.endswith(OLDER) else "-"
-            found[name] = {"color": COLOURS[name.removesuffix(OLDER)], "ls": style}
-        else:
-            others.append(name)
-    colours = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(others)))
-    for name, colour in zip(others, colours, strict=True):
-        found[name] = {"color": colour, "ls": "-"}
+        style = ":" if name.endswith(OLDER) else "-"
+        found[name] = {"color": colours[name.removesuffix(OLDER)], "ls": style}
     return found
 
 
 def draw_published(axis, task, names):
-    """Draws the paper's means of these methods and of TD3, dashed -> [mean]."""
-    heights = []
+    """Draws the paper's means of these methods and of TD3, dashed."""
     for name in ("TD3", *dict.fromkeys(name.removesuffix(OLDER) for name in names)):
         tasks = PUBLISHED.get(("paper", name), {})
         if task in tasks:
             mean, _ = tasks[task]
             colour = COLOURS.get(name, "grey")
             axis.axhline(mean, color=colour, ls="--", lw=1)
-            heights.append(mean)
-    return heights
 
 
 def draw(curves, x, y, paper, note):
@@ -96,7 +90,6 @@ def draw(curves, x, y, paper, note):
     )
     handles = {}
     for axis, task in zip(axes.flat, tasks, strict=False):
-        heights = []
         names = [name for other, name in curves if other == task]
         for name in names:
             runs = curves[task, name]
@@ -106,11 +99,9 @@ def draw(curves, x, y, paper, note):
             axis.fill_between(at, low, high, color=line.get_color(), alpha=0.2)
             seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
             handles[f"{name}, {seeds}"] = line
-            heights += [*low, *high]
         if paper:
-            heights += draw_published(axis, task, names)
-        margin = 0.07 * (np.ptp(heights) or 1)  # no line lies on the frame
-        axis.set_ylim(min(heights) - margin, max(heights) + margin)
+            draw_published(axis, task, names)
+        axis.margins(y=0.07)  # no line lies on the frame
         axis.set_title(task, fontsize=10)
         axis.grid(alpha=0.3)
         axis.set_xlabel("environment steps" if x == "step" else x)
@@ -126,12 +117,12 @@ def draw(curves, x, y, paper, note):
         handles["the paper's mean after 1M steps, in the method's colour"] = dashed
         handles["TD3 in the paper"] = plt.Line2D([], [], color="grey", ls="--", lw=1)
     letters = 13 * figure.get_figwidth()  # in a line of the legend
-    columns = int(letters / (max(map(len, handles)) + 8))
+    columns = max(1, int(letters / (max(map(len, handles)) + 8)))
     figure.legend(
         handles.values(),
         handles.keys(),
         loc="outside lower center",
-        ncols=min(max(columns, 1), len(handles)),
+        ncols=columns,
         fontsize=8,
         frameon=False,
     )
@@ -158,6 +149,8 @@ def main(
         paper: add the paper's values of these methods, and TD3's
         note: a text in the first panel
     """
+    if paper and y != "return":
+        fail("--paper has returns only")
     curves = group_runs(read_runs(files, x, y, select))
     figure = draw(curves, x, y, paper, note)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -169,8 +162,5 @@ def main(
 if __name__ == "__main__":
     try:
         tyro.cli(main, description=__doc__)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # also a suffix that matplotlib does not know
+    except (OSError, ValueError) as error:  # also a suffix that matplotlib lacks
         fail(error)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tyro
+from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event
 
 KEY = ("task", "method", "seed")
@@ -66,14 +67,12 @@ def fail(message):
 
 
 # ---- files ---------------------------------------------------------------------------
-def read_table(path, growing=False):
-    """Rows of a CSV as dicts; of one that grows, without a last line that is cut."""
+def read_table(path):
+    """Rows of a CSV as dicts."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
     except UnicodeError:
         fail(f"{path} is not UTF-8")
-    if growing and lines and not lines[-1].endswith("\n"):
-        lines.pop()
     reader = csv.DictReader(lines, strict=True)
     rows = []
     try:
@@ -104,17 +103,19 @@ def write_table(path, rows):
 
 
 def read_json(path):
-    """Content of a JSON file; {} if there is none or it is not whole."""
+    """The dict in a JSON file; {} if there is none or it is not whole."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
-        return {}
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
 def read_evaluations(folder, table="eval.csv"):
-    """Rows of a run's table, [] if it has none."""
+    """Rows of a run's table with those of `identify`, [] if it has none."""
     path = folder / table
-    return read_table(path, growing=True) if path.exists() else []
+    head = identify(folder)
+    return [head | row for row in read_table(path)] if path.exists() else []
 
 
 def read_published():
@@ -146,24 +147,30 @@ def method_of(args):
 
 
 def identify(folder):
-    """-> task, method, seed, by the name of a folder of run.py, else by args.json; None
-    for what is no run folder of simpo_mujoco.py or simpo_dmc.py."""
+    """{task, method, seed} by args.json, but the method by the name of a folder of
+    run.py; {} for what is no run folder of simpo_mujoco.py or simpo_dmc.py."""
     args = read_json(folder / "args.json")
-    if "total_timesteps" not in args:
-        return None
+    try:
+        head = {
+            "task": task_of(args),
+            "method": method_of(args),
+            "seed": args["seed"],
+        }
+    except KeyError:
+        return {}
     parts = folder.name.split("__")
     if len(parts) == 3 and parts[2] == str(args["seed"]):
-        return tuple(parts)
-    return task_of(args), method_of(args), str(args["seed"])
+        head["method"] = parts[1]
+    return head
 
 
 def is_complete(folder):
     """Whether a run of simpo_mujoco.py or simpo_dmc.py made its last evaluation."""
-    args = read_json(folder / "args.json")
     rows = read_evaluations(folder)
-    if not (args and rows) or (folder / "replay.dat").exists():
+    if not rows or (folder / "replay.dat").exists():
         return False
-    return int(rows[-1]["step"]) >= args["total_timesteps"]
+    last = read_json(folder / "args.json").get("total_timesteps", math.inf)
+    return number(folder / "eval.csv", rows[-1], "step") >= last
 
 
 def hours_of(folder):
@@ -175,10 +182,13 @@ def hours_of(folder):
         times = []
         while start + 12 <= len(data):  # length u64, its crc u32, event, its crc u32
             (length,) = struct.unpack_from("<Q", data, start)
-            event = data[start + 12 : start + 12 + length]
-            if length == 0 or len(event) < length:  # zeros, or killed while it wrote
+            try:
+                event = Event.FromString(data[start + 12 : start + 12 + length])
+            except DecodeError:  # killed while it wrote
                 break
-            times.append(Event.FromString(event).wall_time)
+            if event.wall_time == 0:  # a tail of zeros
+                break
+            times.append(event.wall_time)
             start += 16 + length
         if times:
             seconds += times[-1] - times[0]
@@ -195,16 +205,15 @@ def flags_of(folder):
 
 
 def describe(folder):
-    """What a row of .runs.csv has beside task, method and seed."""
+    """The row of .runs.csv."""
     rows = read_evaluations(folder)
     versions = read_json(folder / "versions.json")
-    return {
+    return identify(folder) | {
         "status": "done" if is_complete(folder) else "unfinished",
         "step": rows[-1]["step"] if rows else "",
         "commit": (versions.get("commit") or "")[:7],
-        "machine": versions.get("machine", ""),
-        "cores": versions.get("cores", ""),
-        "hours": versions.get("hours") or hours_of(folder),
+        "devices": versions.get("devices", ""),
+        "hours": hours_of(folder),
         "jax": versions.get("jax", ""),
         "flags": flags_of(folder),
     }
@@ -223,17 +232,24 @@ def collect(runs: Paths, out: Path, table: str = "eval.csv"):
     about = {}  # {key: row of .runs.csv}
     if out.exists():
         for row in read_table(out):
-            episodes.setdefault(tuple(row[name] for name in KEY), []).append(row)
+            episodes.setdefault(key_of(out, row), []).append(row)
         for row in read_table(about_path):
-            about[tuple(row[name] for name in KEY)] = row
+            about[key_of(about_path, row)] = row
+        if episodes.keys() - about.keys():
+            fail(f"{about_path} lacks runs of {out}")
 
     folders = {}
     for folder in runs:
-        key = identify(folder)
+        if not folder.exists():
+            fail(f"{folder} does not exist")
+        head = identify(folder)
+        if not head:
+            continue
+        key = key_of(folder, head)
         if key in folders:
-            fail(f"{folder} and {folders[key]} both hold {' '.join(key)}: rename one")
-        if key is not None:
-            folders[key] = folder
+            what = " ".join(map(str, key))
+            fail(f"{folder} and {folders[key]} both hold {what}: rename one")
+        folders[key] = folder
     if not folders:
         fail("no run folder among these")
 
@@ -247,15 +263,10 @@ def collect(runs: Paths, out: Path, table: str = "eval.csv"):
     for key, row in new.items():
         was_done = key in about and about[key]["status"] == "done"
         if row["status"] == "done" or not was_done:
-            head = dict(zip(KEY, key, strict=True))
-            about[key] = head | row
-            episodes[key] = [head | x for x in read_evaluations(folders[key], table)]
+            about[key] = row
+            episodes[key] = read_evaluations(folders[key], table)
 
-    def place(key):
-        task, method, seed = key
-        return task, method, int(seed)
-
-    order = sorted(about, key=place)
+    order = sorted(about)
     write_table(out, [row for key in order for row in episodes.get(key, ())])
     write_table(about_path, [about[key] for key in order])
     print(f"wrote {out} and {about_path}")
@@ -288,37 +299,50 @@ def read_runs(paths, x="step", y="return", select=()):
 
     Other folders are passed over, and so are rows without a value of x or y."""
     runs = []
+    all_rows = []
     for path in paths:
         flags = {}  # {key: those that may name a curve}
         if path.is_dir():
-            key = identify(path)
-            if key is None:
+            head = identify(path)
+            if not head:
                 continue
-            head = dict(zip(KEY, key, strict=True))
-            rows = [head | row for row in read_evaluations(path)]
+            rows = read_evaluations(path)
             flags[curve_key(path, head)] = parse_flags(flags_of(path))
         else:
             rows = read_table(path)
             about = path.with_suffix(".runs.csv")
             for row in read_table(about) if about.exists() else ():
                 flags[curve_key(about, row)] = parse_flags(row["flags"])
+        all_rows += rows
         for key, points in read_points(path, rows, x, y, select).items():
             at = sorted(points)
             means = [np.mean(list(points[value].values())) for value in at]
             runs.append(Run(*key, flags.get(key, {}), np.array(at), np.array(means)))
+    for column, value in select:
+        if not any(row.get(column) == value for row in all_rows):
+            fail(f"--select {column} {value}: in no row")
     if not runs:
         fail(f"no evaluations in {', '.join(map(str, paths)) or 'no files'}")
     return runs
 
 
-def curve_key(path, row):
-    """-> task, name of the method, seed."""
+def key_of(path, row):
+    """-> task, method, seed."""
     for column in KEY:
         if column not in row:
             fail(f"{path} has no column {column}: see benchmark.results collect")
-    method = NAMES.get(row["method"], row["method"])
-    method += OLDER if row.get("older") else ""
-    return row["task"], method, int(number(path, row, "seed"))
+    seed = number(path, row, "seed")
+    if seed % 1:
+        fail(f"{path}: seed {seed} is no integer")
+    return row["task"], row["method"], int(seed)
+
+
+def curve_key(path, row):
+    """-> task, name of the method, seed."""
+    task, method, seed = key_of(path, row)
+    name = NAMES.get(method, method)
+    name += OLDER if row.get("older") else ""
+    return task, name, seed
 
 
 def parse_flags(text):
@@ -341,11 +365,11 @@ def read_points(path, rows, x, y, select):
     """-> {(task, method, seed): {value of x: {episode: value of y}}}."""
     runs = {}
     for row in rows:
-        if row.get(x) == "" or row.get(y) == "" or not is_selected(row, select):
+        if "" in (row.get(x), row.get(y)) or not is_selected(row, select):
             continue
         key = curve_key(path, row)
         episodes = runs.setdefault(key, {}).setdefault(number(path, row, x), {})
-        episode = row.get("episode", len(episodes))
+        episode = row.get("episode", 0)
         if episode in episodes:
             where = f"{' '.join(map(str, key))}, {x} {row[x]}, episode {episode}"
             fail(f"{path} has two rows for {where}; --select COLUMN VALUE picks one")
@@ -370,7 +394,7 @@ def group_runs(runs):
 
     def place(key):
         task, name = key
-        return rank(task, TASKS), rank(name.removesuffix(OLDER), [*COLOURS]), task, name
+        return rank(task, TASKS), rank(name.removesuffix(OLDER), [*COLOURS])
 
     return {key: curves[key] for key in sorted(curves, key=place)}
 

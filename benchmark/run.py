@@ -34,7 +34,7 @@ from benchmark.results import PLACE, collect, fail, is_complete, read_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RETRIES = 5
-ENDS = {0: "complete", 2: "refused its flags", 3: "diverged"}  # by exit code
+ENDS = {0: "complete", 1: "failed", 2: "refused its flags", 3: "diverged"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Run(NamedTuple):
         return self.folder.parent / "logs" / f"{self.folder.name}.log"
 
     def is_begun(self):
-        return any(self.folder.glob("*checkpoint.npz"))
+        return any(self.folder.glob("*checkpoint.[ns]*"))  # npz or safetensors
 
     def is_complete(self):
         if self.result == "eval.csv":
@@ -88,12 +88,16 @@ def plan(args, extra=()):
         if method not in experiment.methods:
             fail(f"--methods {method} is none of {', '.join(experiment.methods)}")
 
+    if not args.seeds:
+        fail("--seeds names none")
+    taken = ["--data", *(f"--{name}" for name in PLACE)]
+    taken += " ".join(experiment.methods.values()).split()
+
     runs = []
     for seed, task, method in itertools.product(args.seeds, tasks, methods):
         flags = [*task_flags(script, task), "--seed", str(seed)]
         flags += experiment.methods[method].split() + experiment.flags.split()
-        taken = flag_names([*flags, "--data", *(f"--{name}" for name in PLACE)])
-        for name in taken & flag_names(extra):
+        for name in flag_names(flags + taken) & flag_names(extra):
             fail(f"{name} cannot follow --: benchmark.run sets it")
         flags += extra
         run = Run(
@@ -111,13 +115,11 @@ def plan(args, extra=()):
 
 def check_folder(run):
     """Refuses a folder that is not this run's."""
-    if run.folder.is_symlink():
-        fail(f"{run.folder} is a link")
     saved = read_json(run.folder / "args.json")
     if run.folder.exists() and not saved and not run.log.exists():
         fail(f"{run.folder} holds no run: rename it")
     for name, value in run.args.items():
-        passed = name in PLACE or name in ("track", "capture_video") or value is None
+        passed = name in PLACE or name in ("track", "capture_video", "data_sha256")
         if saved and not passed and saved.get(name) != value:
             fail(f"{run.folder} has {name} {saved.get(name)}, not {value}")
 
@@ -129,8 +131,8 @@ def die_with_parent():
 
 
 def train(run, cpus, gpus, directory):
-    """On a Ray worker: starts or resumes a run -> its exit code; raises where trying
-    again may help."""
+    """On a Ray worker: starts or resumes a run -> its exit code; raises if it was
+    killed, where trying again may help."""
     if run.is_complete():  # its worker was lost at the end
         return 0
     if run.is_begun():
@@ -155,8 +157,8 @@ def train(run, cpus, gpus, directory):
             stderr=subprocess.STDOUT,
             preexec_fn=die_with_parent,
         ).returncode
-    if code not in ENDS:
-        raise RuntimeError(f"exit code {code}")
+    if code < 0:
+        raise RuntimeError(f"killed by signal {-code}")
     return code
 
 
@@ -191,7 +193,7 @@ def sweep(args, runs):
     for run in waiting:
         ref = remote.remote(run, args.cpus_per_run, args.gpus_per_run, os.getcwd())
         active[ref] = run
-    left = len(waiting)
+    left = 0
     while active:
         (ref,), _ = ray.wait(list(active))
         run = active.pop(ref)
@@ -200,13 +202,12 @@ def sweep(args, runs):
         except ray.exceptions.RayError as error:
             code = str(error).strip().splitlines()[-1]
         print(f"{run.folder.name}: {ENDS.get(code, code)}, see {run.log}", flush=True)
-        if code == 2:
-            fail(f"{run.script} refused its flags")
-        left -= code == 0
+        left += code != 0
         if run.result == "eval.csv":
             root = run.folder.parent
             folders = [run.folder for run in runs if run.folder.exists()]
-            collect(folders, root.with_name(root.name + ".csv"))
+            if folders:
+                collect(folders, root.with_name(root.name + ".csv"))
     return left
 
 

@@ -526,7 +526,8 @@ class Rescaled(gym.Wrapper):
         for space in (obs, act):
             if not isinstance(space, Box) or len(space.shape) != 1:
                 raise ValueError(f"{space} is not flat; wrap the environment")
-        if act.dtype.kind != "f" or not act.is_bounded() or not act.shape[0]:
+        limit = np.abs([act.low, act.high]).max(initial=0)  # dm_control's inf is 1e10
+        if act.dtype.kind != "f" or not 0 < limit < 1e10:
             raise ValueError(f"{act} is not continuous and bounded")
         self.observation_space = Box(-np.inf, np.inf, obs.shape)
         self.action_space = Box(-1, 1, act.shape)
@@ -746,11 +747,11 @@ def read_args(folder):
     """The flags of a run, from its folder."""
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())
-        versions = json.loads((Path(folder) / "versions.json").read_text())
         differing = set(saved) ^ set(vars(Args()))
         if not differing:
             return Args(**saved)
-        commit = versions["commit"]
+        versions = (Path(folder) / "versions.json").read_text()
+        commit = json.loads(versions)["commit"]
     except (OSError, ValueError, TypeError, KeyError):
         raise SystemExit(f"error: {folder} is no run folder") from None
     raise SystemExit(

@@ -19,6 +19,7 @@ CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
 os.environ |= {  # before jax starts
     "JAX_NUM_CPU_DEVICES": "2",  # for the tests of two devices
     "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_cpu_prefer_vector_width=512",  # as the trainers set it
     "JAX_COMPILATION_CACHE_DIR": CACHE.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }

@@ -70,7 +70,7 @@ def main(run: tyro.conf.Positional[Path]):
     obs_dim = envs.single_observation_space.shape[0]
     act_dim = envs.single_action_space.shape[0]
     state = simpo.init_state(args, obs_dim, act_dim, jax.random.key(0))
-    state, step = simpo.load(run / "checkpoint.npz", state)
+    state, step = simpo.load(run / "checkpoint.npz", state, whole=False)
     obs, q, reward, running = play(args, state, envs)
     followed = followed_returns(args, reward, running)
 

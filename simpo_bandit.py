@@ -152,7 +152,7 @@ def init_mlp(key, sizes):
     init = jax.nn.initializers.lecun_normal()
     keys = jax.random.split(key, len(sizes) - 1)
     layers = []
-    for k, n_in, n_out in zip(keys, sizes[:-1], sizes[1:], strict=True):
+    for k, n_in, n_out in zip(keys, sizes, sizes[1:]):
         layers.append({"w": init(k, (n_in, n_out)), "b": jnp.zeros(n_out)})
     return layers
 

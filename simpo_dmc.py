@@ -14,7 +14,8 @@ o observation, d action, H hidden units.
 Where the paper is silent, or we depart from it (evidence: docs/mujoco.md):
 1. Samples come from a slow copy of the policy, pi_old, which also acts and serves the
    critic targets.
-2. Gaussian noise that falls over the run is added to the samples and to actions.
+2. Gaussian noise that falls over the run is added to the samples and to actions, which
+   are clipped to [-1, 1].
 3. Critic targets take the best of 4 next actions, acting and evaluation the best of 8.
 4. Critics take two steps on a batch; target critics and pi_old follow at rate 0.02.
 5. l is in units of weights whose mean is 1, and clips every power; in eq. (11) it clips
@@ -27,11 +28,9 @@ Where the paper is silent, or we depart from it (evidence: docs/mujoco.md):
 """
 
 import argparse
-import collections
 import dataclasses
 import fcntl
 import functools
-import itertools
 import json
 import math
 import os
@@ -39,7 +38,7 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -51,8 +50,6 @@ import numpy as np
 import optax
 import tyro
 from dm_control.rl.control import PhysicsError
-from gymnasium.spaces import Box
-from jax.sharding import NamedSharding, PartitionSpec
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -60,12 +57,9 @@ from common import solve_nu, update_lam
 
 TOP_SPEED = {"cheetah-run": 10.0, "walker-run": 8.0}  # v*, m/s: App. F.2, dm_control
 EMBEDDING = 16  # size of the embedding of t
-KL_SHARE = 1.5 / math.log(32)  # the paper's eps_kl as a share of log N
-EVAL_SEED = 2**30  # evaluations start from it, training draws its seeds below
+EVAL_SEED = 1_073_741_824  # of evaluations; training draws its seeds below
 EVAL_STEPS = 10_000  # ends an evaluation episode that nothing else ends
-PACKAGES = ("jax", "optax", "numpy", "gymnasium", "mujoco", "dm_control")
 LOG_EVERY = 2_000  # environment steps between rows of losses
-DIVERGED = 3  # exit code of a run whose numbers are not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +90,8 @@ class Args:
     sampler: Literal["ddpm", "dpm2"] = "dpm2"  # ancestral, or of second order
     target_samples: int = 4  # M: critic targets take the best of M next actions
     act_samples: int = 8  # actions taken, and evaluated, are the best of so many
-    noise_start: float = 0.5  # std of the noise on samples and actions, first update
-    noise_end: float = 0.2  # the same at the last update; geometric in between
+    noise_start: float = 0.3  # std of the noise on samples and actions, first update
+    noise_end: float = 0.1  # the same at the last update; geometric in between
     error_bound: float = 5.0  # on the squared error of each action dimension
     # --- Optimisation ---
     policy_lr: float = 3e-4  # Adam's rate for the policy at the first update
@@ -121,43 +115,36 @@ class Args:
     def kl_bound(self):
         """Bound on the KL of the weights, eq. (30), in nats."""
         if self.eps_kl is None:
-            return KL_SHARE * math.log(max(self.num_samples, 1))
+            return 1.5 / math.log(32) * math.log(self.num_samples)
         return self.eps_kl
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if type(value) in (int, float) and name != "neg_clip":
+                least = 1 if type(value) is int and name != "seed" else 0
+                if not value >= least:
+                    raise ValueError(f"--{name} must be at least {least}")
         shapes = " and ".join(TOP_SPEED)
         rules = {
             f"--reward {self.reward} is for {shapes}": (
                 self.reward == "stock" or self.env_id in TOP_SPEED
             ),
-            "--seed must be in [0, 2^32)": 0 <= self.seed < 2**32,
-            "--gamma and --tau must be at most 1": max(self.gamma, self.tau) <= 1,
+            "--seed must be below 2^32": self.seed < 2**32,
             "--sampling-steps must be in [2, T]": (
                 2 <= self.sampling_steps <= self.diffusion_steps
             ),
         }
-        for field in dataclasses.fields(self):
-            least = {int: 1, float: 0}.get(field.type)
-            if least is not None and field.name not in ("seed", "neg_clip"):
-                flag = field.name.replace("_", "-")
-                rule = f"--{flag} must be at least {least}"
-                rules[rule] = getattr(self, field.name) >= least
         if not self.evaluate:  # rules of training
-            clipped = self.weighting in ("linear", "square", "power")
-            log_n = math.log(max(self.num_samples, 1))
-            first_update = self.learning_starts + self.num_envs
             rules |= {
-                "--power must be above 0": self.power > 0,
-                "--noise-start and --noise-end: both 0 or neither": (
-                    (self.noise_start > 0) == (self.noise_end > 0)
-                ),
                 "--neg-clip must be at most 0": self.neg_clip <= 0,
-                f"--neg-clip is not for {self.weighting}": clipped or not self.neg_clip,
-                "--eps-kl must be in (0, log of --num-samples)": (
-                    0 < self.kl_bound < log_n
+                "--neg-clip is for linear, square and power": (
+                    not self.neg_clip or self.weighting in ("linear", "square", "power")
                 ),
-                "--learning-starts leaves no update before --total-timesteps": (
-                    first_update <= self.total_timesteps
+                "--eps-kl must be below log of --num-samples": (
+                    self.kl_bound < math.log(self.num_samples)
+                ),
+                "--total-timesteps leaves no update": (
+                    self.learning_starts + self.num_envs <= self.total_timesteps
                 ),
             }
         for rule, holds in rules.items():
@@ -179,46 +166,37 @@ def init_mlp(key, sizes):
     init = jax.nn.initializers.lecun_normal()
     keys = jax.random.split(key, len(sizes) - 1)
     layers = []
-    for k, n_in, n_out in zip(keys, sizes[:-1], sizes[1:], strict=True):
+    for k, n_in, n_out in zip(keys, sizes, sizes[1:]):
         layers.append({"w": init(k, (n_in, n_out)), "b": jnp.zeros(n_out)})
     return layers
 
 
-def mlp(layers, x):
-    for layer in layers[:-1]:
-        x = mish(x @ layer["w"] + layer["b"])
-    return x @ layers[-1]["w"] + layers[-1]["b"]
+def forward(layers, *inputs):
+    """An MLP of joined inputs: obs [B, 1, o], act [B, N, d] -> [B, N, out].
+
+    The first layer multiplies each input by itself: obs once, not for each sample."""
+    first, *others = layers
+    splits = np.cumsum([x.shape[-1] for x in inputs])[:-1]
+    blocks = jnp.split(first["w"], splits)
+    x = sum((x @ w for x, w in zip(inputs, blocks)), first["b"])
+    for layer in others:
+        x = mish(x) @ layer["w"] + layer["b"]
+    return x
 
 
 def q_values(critics, obs, act):
     """Both critics: obs [B, o], act [B, N, d] -> [2, B, N]."""
-
-    def q_value(net):
-        # the first layer on [obs | act]: obs is multiplied once, not N times
-        w_obs, w_act = jnp.split(net[0]["w"], [obs.shape[-1]])
-        obs_part = (obs @ w_obs + net[0]["b"])[:, None]  # [B, 1, H]
-        return mlp(net[1:], mish(obs_part + act @ w_act))[..., 0]
-
-    return jnp.stack([q_value(net) for net in critics])
+    obs = obs[:, None]  # [B, 1, o]
+    return jnp.stack([forward(net, obs, act)[..., 0] for net in critics])
 
 
-def policy_velocity(theta, obs, num_levels):
-    """The policy at states obs [B, o], as a function velocity(a_t [B, N, d], t)."""
-    first, *rest = theta["net"]
-    obs_dim = obs.shape[-1]
-    act_dim = rest[-1]["b"].shape[0]
-    # the first layer on [obs | a_t | embedding of t]: all but a_t's part is made once
-    w_obs, w_act, w_time = jnp.split(first["w"], [obs_dim, obs_dim + act_dim])
-    obs_part = (obs @ w_obs + first["b"])[:, None]  # [B, 1, H]
+def policy_velocity(args, theta, obs, a_t, t):
+    """obs [B, o], noisy actions a_t [B, N, d], levels t [] or [B, N] -> [B, N, d]."""
     frequency = 10_000.0 ** -jnp.linspace(0, 1, EMBEDDING // 2)
-    phase = jnp.outer(jnp.arange(1.0, num_levels + 1), frequency)
+    phase = jnp.outer(jnp.arange(1.0, args.diffusion_steps + 1), frequency)
     embedding = jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
-    time_part = mlp(theta["time"], embedding) @ w_time  # [T, H]
-
-    def velocity(a_t, t):
-        return mlp(rest, mish(obs_part + a_t @ w_act + time_part[t]))
-
-    return velocity
+    time = forward(theta["time"], embedding)  # [T, EMBEDDING]
+    return forward(theta["net"], obs[:, None], a_t, time[t])
 
 
 # ---- diffusion -----------------------------------------------------------------------
@@ -228,8 +206,7 @@ def schedule(num_levels):
     """alpha [T] and sigma [T], cosine as in Table 4 (Nichol and Dhariwal, eq. 17)."""
     s = (np.arange(num_levels + 1) / num_levels + 0.008) / 1.008
     f = np.cos(s * np.pi / 2) ** 2
-    beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
-    alpha_bar = np.cumprod(1 - beta)
+    alpha_bar = np.cumprod(np.maximum(f[1:] / f[:-1], 0.001))  # of 1 - beta_t
     return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
 
 
@@ -265,9 +242,7 @@ def sampler_levels(args):
     skipped = args.diffusion_steps - args.sampling_steps
     t = np.round(i + skipped * (i / i[-1]) ** 1.7).astype(np.int32)
 
-    alpha, sigma = schedule(args.diffusion_steps)
-    alpha = alpha[t]
-    sigma = sigma[t]
+    alpha, sigma = np.array(schedule(args.diffusion_steps))[:, t]
     alpha_next = np.append(1.0, alpha[:-1])
     sigma_next = np.append(0.0, sigma[:-1])
 
@@ -277,7 +252,7 @@ def sampler_levels(args):
     extrapolate = np.zeros_like(alpha)
     if args.sampler == "ddpm":
         ratio = alpha / alpha_next
-        std[1:] = np.sqrt(sigma**2 - (ratio * sigma_next) ** 2)[1:]
+        std = np.sqrt(sigma**2 - (ratio * sigma_next) ** 2) * (i > 0)
         coef_at = ratio * (sigma_next / sigma) ** 2
     else:
         log_ratio_steps = -np.diff(np.log(alpha / sigma))
@@ -298,14 +273,14 @@ def sampler_levels(args):
 
 def sample_actions(args, theta, obs, num_samples, key):
     """Samples of the policy: obs [B, o] -> a0 [B, N, d] in [-1, 1]."""
-    velocity = policy_velocity(theta, obs, args.diffusion_steps)
-    act_dim = theta["net"][-1]["b"].shape[0]
+    act_dim = theta["net"][-1]["b"].size
     shape = (len(obs), num_samples, act_dim)
     k_start, k_steps = jax.random.split(key)
 
     def denoise(carry, level):
         a_t, last_a0 = carry
-        a0 = to_a0(a_t, velocity(a_t, level.t), level.alpha, level.sigma)
+        velocity = policy_velocity(args, theta, obs, a_t, level.t)
+        a0 = to_a0(a_t, velocity, level.alpha, level.sigma)
         a0 = jnp.clip(a0, -1, 1)
         a_t = level.coef_a0 * a0 + level.coef_last * last_a0 + level.coef_at * a_t
         if args.sampler == "ddpm":
@@ -314,7 +289,8 @@ def sample_actions(args, theta, obs, num_samples, key):
         return (a_t, a0), None
 
     start = (jax.random.normal(k_start, shape), jnp.zeros(shape))
-    (_, a0), _ = jax.lax.scan(denoise, start, sampler_levels(args), reverse=True)
+    levels = sampler_levels(args)
+    (_, a0), _ = jax.lax.scan(denoise, start, levels, reverse=True)
     return a0
 
 
@@ -362,14 +338,13 @@ class State(NamedTuple):
 
 
 def policy_optimiser(args):
-    """Adam whose rate falls linearly, reaching its end at the last update (Table 4)."""
+    """Adam whose rate falls linearly over the run (Table 4)."""
     updates = (args.total_timesteps - args.learning_starts) // args.num_envs
-    steps = max(math.ceil(updates / args.policy_delay) - 1, 1)
-    return optax.adam(optax.linear_schedule(args.policy_lr, args.policy_lr_end, steps))
-
-
-def critic_optimiser(args):
-    return optax.adam(args.critic_lr)
+    return optax.adam(
+        optax.linear_schedule(
+            args.policy_lr, args.policy_lr_end, updates // args.policy_delay
+        )
+    )
 
 
 def init_state(args, obs_dim, act_dim, key):
@@ -381,35 +356,39 @@ def init_state(args, obs_dim, act_dim, key):
     }
     sizes = [obs_dim + act_dim, *hidden, 1]
     critics = [init_mlp(k_critic1, sizes), init_mlp(k_critic2, sizes)]
-    return State(
+    state = State(
         theta=theta,
-        theta_old=jax.tree.map(jnp.copy, theta),
+        theta_old=theta,
         critics=critics,
-        critics_target=jax.tree.map(jnp.copy, critics),
+        critics_target=critics,
         theta_opt=policy_optimiser(args).init(theta),
-        critics_opt=critic_optimiser(args).init(critics),
-        log_lam=jnp.zeros(()),
+        critics_opt=optax.adam(args.critic_lr).init(critics),
+        log_lam=jnp.float32(0),
         step=jnp.int32(0),
     )
+    return jax.tree.map(jnp.copy, state)  # `update` is given arrays of its own
 
 
-def noise_std(args, step):
-    """Std of the noise on samples of pi_old after `step` updates (2)."""
+def add_noise(args, a0, step, key):
+    """Samples of pi_old with the noise of exploration after `step` updates (2)."""
     share = step * args.num_envs / (args.total_timesteps - args.learning_starts)
-    return args.noise_start ** (1 - share) * args.noise_end**share
+    std = args.noise_start ** (1 - share) * args.noise_end**share
+    noise = jax.random.normal(key, a0.shape)
+    return jnp.clip(a0 + std * noise, -1, 1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def best_action(args, state, obs, num_samples, key, step=0, std=0.0):
+@functools.partial(jax.jit, static_argnums=(0, 3, 6))
+def best_action(args, state, obs, num_samples, key, step=0, noisy=False):
     """Of samples of pi_old the best by the smaller critic: obs [B, o] -> a0 [B, d].
 
-    Each step draws its own samples from the key. Noise of this std is added to them."""
+    Each step draws its own samples from the key."""
     k_sample, k_noise = jax.random.split(jax.random.fold_in(key, step))
     a0 = sample_actions(args, state.theta_old, obs, num_samples, k_sample)
-    a0 += std * jax.random.normal(k_noise, a0.shape)
+    if noisy:
+        a0 = add_noise(args, a0, state.step, k_noise)
     q = q_values(state.critics, obs, a0).min(axis=0)
-    best = jnp.argmax(q, axis=-1)[:, None, None]
-    return jnp.take_along_axis(a0, best, axis=1)[:, 0]
+    best = jnp.argmax(q, axis=-1)
+    return jax.vmap(lambda samples, i: samples[i])(a0, best)
 
 
 def update_critics(args, state, batch, key):
@@ -428,7 +407,7 @@ def update_critics(args, state, batch, key):
     opt = state.critics_opt
     for _ in range(args.critic_steps):
         loss, grads = jax.value_and_grad(critic_loss)(critics)
-        updates, opt = critic_optimiser(args).update(grads, opt)
+        updates, opt = optax.adam(args.critic_lr).update(grads, opt)
         critics = optax.apply_updates(critics, updates)
     critics_target = optax.incremental_update(critics, state.critics_target, args.tau)
 
@@ -453,7 +432,7 @@ def matching_loss(theta, args, obs, a0, w, key):
     alpha, sigma = jnp.float32(schedule(args.diffusion_steps))[:, t][..., None]
 
     a_t = alpha * a0 + sigma * noise
-    velocity = policy_velocity(theta, obs, args.diffusion_steps)(a_t, t)
+    velocity = policy_velocity(args, theta, obs, a_t, t)
     error = (velocity - to_velocity(a0, noise, alpha, sigma)) ** 2
     # differs from paper: bounded (6), or w < 0 gains without end by pushing away
     error = jnp.minimum(error, args.error_bound)
@@ -468,15 +447,16 @@ def update_policy(args, state, obs, key):
     a0 = sample_actions(args, state.theta_old, obs, args.num_samples, k_sample)
     spread = a0.std(axis=1).mean()
     # differs from paper: noise on the samples (2)
-    a0 += noise_std(args, state.step) * jax.random.normal(k_noise, a0.shape)
+    a0 = add_noise(args, a0, state.step, k_noise)
     # differs from paper: the smaller of two critics (7)
     q = q_values(state.critics_target, obs, a0).min(axis=0)  # [B, N]
     w = weights(args, q, jnp.exp(state.log_lam))
     log_lam, kl = update_lam(state.log_lam, q, args.kl_bound)
 
     # Stage II: the policy is matched to the weighted samples
-    loss_and_grad = jax.value_and_grad(matching_loss)
-    loss, grads = loss_and_grad(state.theta, args, obs, a0, w, k_loss)
+    loss, grads = jax.value_and_grad(matching_loss)(
+        state.theta, args, obs, a0, w, k_loss
+    )
     updates, opt = policy_optimiser(args).update(grads, state.theta_opt)
     theta = optax.apply_updates(state.theta, updates)
     # differs from paper: pi_old follows slowly (1)
@@ -490,7 +470,6 @@ def update_policy(args, state, obs, key):
         "lam": jnp.exp(log_lam),
         "ess": jnp.mean(jnp.sum(jnp.abs(w), axis=-1) ** 2 / w_squares),
         "spread": spread,
-        "w_max": w.max(),
         "w_negative": jnp.mean(w < 0),
     }
     state = state._replace(
@@ -516,38 +495,6 @@ def update(args, with_policy, state, batch, key):
 
 
 # ---- environments and replay ---------------------------------------------------------
-class Rescaled(gym.Wrapper):
-    """Takes actions in [-1, 1] and returns every observation as a new float32 array."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        obs = env.observation_space
-        act = env.action_space
-        for space in (obs, act):
-            if not isinstance(space, Box) or len(space.shape) != 1:
-                raise ValueError(f"{space} is not flat; wrap the environment")
-        limit = np.abs([act.low, act.high]).max(initial=0)  # dm_control's inf is 1e10
-        if act.dtype.kind != "f" or not 0 < limit < 1e10:
-            raise ValueError(f"{act} is not continuous and bounded")
-        self.observation_space = Box(-np.inf, np.inf, obs.shape)
-        self.action_space = Box(-1, 1, act.shape)
-
-    def action(self, a0):
-        """a0 [d], clipped to [-1, 1], in the units of the environment."""
-        space = self.env.action_space
-        action = space.low + (a0 + 1) / 2 * (space.high - space.low)
-        return np.clip(action, space.low, space.high).astype(space.dtype)
-
-    def reset(self, **options):
-        obs, _ = self.env.reset(**options)
-        return np.array(obs, np.float32), {}
-
-    def step(self, a0):
-        obs, reward, terminated, truncated, _ = self.env.step(self.action(a0))
-        reward = np.asarray(reward).item()  # some environments return [1]
-        return np.array(obs, np.float32), reward, bool(terminated), bool(truncated), {}
-
-
 def landscape(args, speed, stock):
     """--reward at a speed in m/s, in the place of dm_control's own reward `stock`.
 
@@ -582,9 +529,10 @@ class DMControl(gym.Env):
         name = "horizontal_velocity" if args.domain == "walker" else "speed"
         self.speed = getattr(self.env.physics, name, lambda: 0.0)
         spec = self.env.action_spec()
+        assert np.max(spec.maximum) < 1e9, "actions must be bounded"
         obs = self.env.observation_spec()["observations"]
-        self.action_space = Box(spec.minimum, spec.maximum, dtype=np.float64)
-        self.observation_space = Box(-np.inf, np.inf, obs.shape)
+        self.action_space = gym.spaces.Box(spec.minimum, spec.maximum, dtype=float)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape)
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
@@ -607,95 +555,85 @@ class DMControl(gym.Env):
         return self.env.physics.render(480, 480, camera_id=0)
 
 
-def make_env(args, **options):  # dm_control can always film
-    return gym.wrappers.RecordEpisodeStatistics(Rescaled(DMControl(args)))
+def make_envs(args, count, film=False):  # dm_control can always film
+    """-> environments stepped in turn, size o of an observation, size d of an action.
 
+    Observations are float32, actions lie in [-1, 1]."""
 
-def make_envs(args, count, **options):
-    """Environments stepped in turn. A step that ends an episode returns the next one's
-    first observation; its own last one is in infos."""
-    thunk = functools.partial(make_env, args, **options)
-    same_step = gym.vector.AutoresetMode.SAME_STEP
+    def make():
+        env = gym.wrappers.DtypeObservation(DMControl(args), np.float32)
+        return gym.wrappers.RescaleAction(env, -1.0, 1.0)
+
     try:
-        return gym.vector.SyncVectorEnv([thunk] * count, autoreset_mode=same_step)
+        envs = gym.vector.SyncVectorEnv(
+            [make] * count, autoreset_mode=gym.vector.AutoresetMode.DISABLED
+        )
+        [obs_dim] = envs.single_observation_space.shape
+        [act_dim] = envs.single_action_space.shape
     except Exception as error:  # a constructor can raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise SystemExit(f"error: cannot make {args.env_id}: {reason}") from None
+        raise SystemExit(f"error: cannot use {args.env_id}: {error!r}") from None
+    return envs, obs_dim, act_dim
 
 
-def require_finite(step, **arrays):
+def step_envs(envs, a0):
+    """a0 [E, d] -> next_obs [E, o], reward, terminated, ended (each [E]), obs [E, o].
+
+    Where an episode ended a new one begins, and obs is its first observation; elsewhere
+    obs is next_obs."""
+    next_obs, reward, terminated, truncated, _ = envs.step(a0)
+    require_finite(action=a0, observation=next_obs, reward=reward)
+    obs = next_obs
+    ended = terminated | truncated
+    if ended.any():
+        obs, _ = envs.reset(options={"reset_mask": ended})
+    return next_obs, reward, terminated, ended, obs
+
+
+def require_finite(**arrays):
     """Ends the run where an array is not finite in float32."""
     for name, array in arrays.items():
-        if not np.isfinite(np.float32(array)).all():
-            print(f"error: {name} is not finite at step {step}", file=sys.stderr)
-            raise SystemExit(DIVERGED)
-
-
-def open_replay(args, path, obs_dim, act_dim, mode):
-    """The last buffer_size transitions, as rows of a file, with the fields of Batch."""
-    fields = [
-        ("obs", np.float32, obs_dim),
-        ("next_obs", np.float32, obs_dim),
-        ("act", np.float32, act_dim),
-        ("reward", np.float32),
-        ("terminated", np.float32),
-    ]
-    size = args.buffer_size * np.dtype(fields).itemsize
-    if mode == "r+" and path.stat().st_size != size:
-        raise SystemExit(f"error: {path} is not whole")
-    return np.memmap(path, fields, mode, shape=args.buffer_size)
-
-
-def add_transitions(replay, step, batch):
-    """Writes a transition of each environment, `step` having been made before."""
-    index = (step + np.arange(len(batch.reward))) % len(replay)
-    for name, values in batch._asdict().items():
-        replay[name][index] = values
+        if not (np.abs(array) < 3e38).all():
+            print(f"error: {name} is not finite", file=sys.stderr)
+            raise SystemExit(3)
 
 
 def sample_batch(replay, step, rng, batch_size):
+    """A Batch of the transitions that `step` environment steps have left."""
     rows = replay[rng.integers(min(step, len(replay)), size=batch_size)]
     return Batch(*(rows[name] for name in Batch._fields))
 
 
 # ---- evaluation and checkpoints ------------------------------------------------------
-def evaluate(args, envs, state, key, run_dir, step, table="eval.csv"):
-    """An episode in each of E environments, from the same starts every time.
+def evaluate(args, envs, state, key, step, path, note=""):
+    """An episode of each environment, from the same starts every time -> mean return.
 
-    Writes a row for each of them to the file `table`, films the first one, and gives
-    back their returns [E]."""
+    Prints it, writes a row an episode to the CSV at `path`, and films the first one."""
     obs, _ = envs.reset(seed=EVAL_SEED)
-    returns = np.zeros(envs.num_envs)
-    lengths = np.zeros(envs.num_envs, int)
+    returns, lengths = np.zeros((2, envs.num_envs))
     running = np.ones(envs.num_envs, bool)
     frames = []
     for t in range(EVAL_STEPS):
         if args.capture_video and running[0]:
             frames.append(envs.envs[0].render())
         a0 = np.asarray(best_action(args, state, obs, args.act_samples, key, t))
-        obs, reward, terminated, truncated, _ = envs.step(a0)
-        require_finite(step, action=a0, observation=obs, reward=reward)
+        _, reward, _, ended, obs = step_envs(envs, a0)
         returns += reward * running
         lengths += running
-        running &= ~(terminated | truncated)
+        running &= ~ended
         if not running.any():
             break
+    tqdm.write(f"step {step}: return {returns.mean():.1f} +- {returns.std():.1f}{note}")
     if args.capture_video:
         fps = envs.envs[0].metadata.get("render_fps", 30)
-        imageio.mimsave(run_dir / f"film-{step}.mp4", frames, fps=fps)
-    write_rows(run_dir / table, step, returns, lengths)
-    return returns
+        imageio.mimsave(path.with_name(f"film-{step}.mp4"), frames, fps=fps)
 
-
-def write_rows(path, step, returns, lengths):
-    """Adds an evaluation to a CSV file; rows of this step and later ones leave."""
+    # rows of this step and later ones leave: a resumed run makes them again
     rows = path.read_text().splitlines()[1:] if path.exists() else []
     rows = [row for row in rows if int(row.split(",")[0]) < step]
-    for i in range(len(returns)):
-        rows.append(f"{step},{i},{returns[i]:.9g},{lengths[i]}")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join(["step,episode,return,length", *rows, ""]))
-    temporary.replace(path)
+    for i in range(envs.num_envs):
+        rows.append(f"{step},{i},{returns[i]:.9g},{lengths[i]:.0f}")
+    path.write_text("\n".join(["step,episode,return,length", *rows, ""]))
+    return returns.mean()
 
 
 def named_leaves(tree):
@@ -706,186 +644,134 @@ def named_leaves(tree):
 def save(path, state, step):
     """Plain arrays; a run killed while it saves keeps its last checkpoint."""
     temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, **jax.device_get(named_leaves(state)), env_step=step)
+    np.savez(temporary, **named_leaves(state), env_step=step)
     temporary.replace(path)
 
 
-def load(path, state, whole=True):
-    """-> state, environment step. A file that is not whole, as the shipped ones, holds
-    what chooses actions; all else stays as it is in `state`."""
+def load(path, state):
+    """-> state, environment step. What the file lacks stays as it is in `state`: the
+    shipped ones hold no more than what chooses actions."""
     old = named_leaves(state)
-    try:
-        with np.load(path) as file:
-            arrays = dict(file) if whole else old | dict(file)
-        leaves = [jnp.asarray(arrays[name]) for name in old]
-        step = int(arrays["env_step"])
-    except Exception as error:  # no file, half a file, another kind of file
-        raise SystemExit(f"error: {path} is no checkpoint: {error!r}") from None
-    if [x.shape for x in leaves] != [x.shape for x in old.values()]:
-        raise SystemExit(f"error: {path} is of another environment or other flags")
-    return jax.tree.unflatten(jax.tree.structure(state), leaves), step
-
-
-def load_policy(run_dir):
-    """A trained policy: act(obs [o]) -> action [d] in the units of the environment."""
-    args = read_args(run_dir)
-    env = make_env(args)
-    key = jax.random.key(args.seed)
-    state = init_state(args, *env.observation_space.shape, *env.action_space.shape, key)
-    state, _ = load(Path(run_dir) / "checkpoint.npz", state, whole=False)
-
-    def act(obs):
-        obs = np.array([obs], np.float32)
-        a0 = best_action(args, state, obs, args.act_samples, key)
-        return env.get_wrapper_attr("action")(np.asarray(a0)[0])
-
-    return act
+    with np.load(path) as file:
+        arrays = old | dict(file)
+    leaves = [jnp.reshape(arrays[name], x.shape) for name, x in old.items()]
+    state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    return state, int(arrays["env_step"])
 
 
 # ---- main ----------------------------------------------------------------------------
 def read_args(folder):
     """The flags of a run, from its folder."""
-    try:
-        saved = json.loads((Path(folder) / "args.json").read_text())
-        differing = set(saved) ^ set(vars(Args()))
-        if not differing:
-            return Args(**saved)
-        versions = (Path(folder) / "versions.json").read_text()
-        commit = json.loads(versions)["commit"]
-    except (OSError, ValueError, TypeError, KeyError):
-        raise SystemExit(f"error: {folder} is no run folder") from None
-    raise SystemExit(
-        f"error: {folder} was made by commit {commit}, which differs in these flags:"
-        f" {', '.join(sorted(differing))}"
-    )
+    path = Path(folder) / "args.json"
+    saved = json.loads(path.read_text())
+    differing = set(saved) ^ set(vars(Args()))
+    if differing:
+        commit = json.loads(path.with_name("versions.json").read_text())["commit"]
+        raise SystemExit(
+            f"error: {folder} is of commit {commit}, which differs in these flags:"
+            f" {', '.join(sorted(differing))}"
+        )
+    return Args(**saved)
 
 
 def parse_args():
     """The command line; beside --resume or --evaluate the flags of that run hold."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--resume", type=Path)
-    either.add_argument("--evaluate", type=Path)
-    folders, others = parser.parse_known_args()
-    if folders.resume and not {"--track", "--capture-video"}.issuperset(others):
-        raise SystemExit(
-            "error: --resume takes only --track and --capture-video beside it"
-        )
-    folder = folders.resume or folders.evaluate
-    default = read_args(folder) if folder else Args()
-    return tyro.cli(Args, default=default)
+    parser.add_argument("--resume", "--evaluate", dest="folder")
+    known, others = parser.parse_known_args()
+    args = tyro.cli(Args, default=read_args(known.folder) if known.folder else None)
+    if args.resume and not {"--track", "--capture-video"}.issuperset(others):
+        raise SystemExit("error: --resume takes only --track and --capture-video")
+    return args
 
 
-def make_run_dir(args, name):
-    """A new folder, runs/{name}__{time} or --run-dir, for the files of a run."""
-    base = args.run_dir or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(base)
-    for count in itertools.count(2):
-        try:
-            run_dir.mkdir(parents=True)
-            break
-        except OSError as error:
-            if args.run_dir or not isinstance(error, FileExistsError):
-                reason = f"--run-dir {run_dir}: {error.strerror}"
-                raise SystemExit(f"error: {reason}") from None
-            run_dir = Path(f"{base}-{count}")  # two runs started in one second
-
-    here = Path(__file__).parent
-    status, commit = subprocess.getstatusoutput(f"git -C '{here}' rev-parse HEAD")
-    versions = {package: version(package) for package in PACKAGES}
-    versions["commit"] = commit if status == 0 else None
-    versions["devices"] = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
-    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+def make_run_dir(args):
+    """A new folder for the files of a run."""
+    script = Path(__file__)
+    now = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{args.env_id}__{script.stem}__{args.seed}__{now}".replace(":", "-")
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    run_dir.mkdir(parents=True)
+    versions = {package.name: package.version for package in distributions()}
+    status, commit = subprocess.getstatusoutput(
+        f"git -C '{script.parent}' rev-parse HEAD"
+    )
+    versions["commit"] = None if status else commit
+    versions["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
     (run_dir / "versions.json").write_text(json.dumps(versions, indent=2))
     return run_dir
 
 
-def use_all_cores():
-    """Makes an XLA device of every core, since XLA threads one CPU device badly."""
-    if jax.config.jax_num_cpu_devices > 0:
-        return  # chosen by the user
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):  # Linux: the cores that this process may use
-        cores = len(os.sched_getaffinity(0))
-    jax.config.update("jax_num_cpu_devices", cores)
-
-
 def shardings(args):
-    """Where a state lies, whole on each device, and a batch, split over a CPU's."""
-    devices = jax.devices()
-    count = 1
-    if devices[0].platform == "cpu":
-        counts = range(1, len(devices) + 1)
-        count = max(n for n in counts if args.batch_size % n == 0)
-    mesh = jax.sharding.Mesh(devices[:count], "batch")
-    whole = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec("batch"))
+    """Where a state lies, whole on each device, and a batch, split over a CPU's.
+
+    XLA threads one CPU device badly, so that every core is made a device."""
+    if jax.config.jax_num_cpu_devices < 0:  # the user has not chosen
+        cores = os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):  # Linux: those this process may use
+            cores = len(os.sched_getaffinity(0))
+        jax.config.update("jax_num_cpu_devices", cores)
+    most = jax.device_count() if jax.default_backend() == "cpu" else 1
+    count = max(n for n in range(1, most + 1) if not args.batch_size % n)
+    mesh = jax.sharding.Mesh(jax.devices()[:count], "batch")
+    whole = jax.NamedSharding(mesh, jax.P())
+    split = jax.NamedSharding(mesh, jax.P("batch"))
     return whole, split
-
-
-def lock(run_dir):
-    """Ends this process if another one trains in the folder."""
-    file = (run_dir / "args.json").open()
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SystemExit(f"error: another process trains in {run_dir}") from None
-    return file  # the lock is held while this file is open
 
 
 def main():
     # --- Flags and devices ---
-    sys.path.append(os.getcwd())  # where --env-id module:Name-v0 looks too
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")  # faster
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # films without a screen
-    np.seterr(over="ignore")  # in float32; require_finite reports it
     jax.config.update("jax_default_matmul_precision", "float32")
-    use_all_cores()
     args = parse_args()
     whole, split = shardings(args)
-    if args.track:
-        import wandb
 
     # --- Environments and state ---
-    film = {"render_mode": "rgb_array"} if args.capture_video else {}
-    eval_envs = make_envs(args, args.eval_episodes, **film)
-    obs_dim = eval_envs.single_observation_space.shape[0]
-    act_dim = eval_envs.single_action_space.shape[0]
+    eval_envs, obs_dim, act_dim = make_envs(
+        args, args.eval_episodes, args.capture_video
+    )
     k_init, k_act, k_update, k_eval = jax.random.split(jax.random.key(args.seed), 4)
     state = init_state(args, obs_dim, act_dim, k_init)
     step = 0
-    if args.resume or args.evaluate:
-        run_dir = Path(args.resume or args.evaluate)
-        has_replay = (run_dir / "replay.dat").exists()
-        state, step = load(run_dir / "checkpoint.npz", state, whole=has_replay)
+    folder = args.resume or args.evaluate
+    if folder:
+        run_dir = Path(folder)
+        state, step = load(run_dir / "checkpoint.npz", state)
     else:
-        task = args.env_id.replace("/", "-").replace(":", "-")
-        run_dir = make_run_dir(args, f"{task}__{Path(__file__).stem}__{args.seed}")
+        run_dir = make_run_dir(args)
 
     # --- Nothing to train ---
     if args.evaluate:
-        returns = evaluate(
-            args, eval_envs, state, k_eval, run_dir, step, "evaluate.csv"
-        )
-        print(f"step {step}: return {returns.mean():.1f} +- {returns.std():.1f}")
+        evaluate(args, eval_envs, state, k_eval, step, run_dir / "evaluate.csv")
         print(f"evaluate.csv and films are in {run_dir}")
         return
-    if args.resume and not has_replay:
-        what = "is complete" if step >= args.total_timesteps else "has no replay"
-        print(f"{run_dir} {what}, and cannot be continued; --evaluate plays it")
+    replay_path = run_dir / "replay.dat"
+    if args.resume and not replay_path.exists():
+        print(f"{run_dir} is complete, or has no replay; --evaluate plays it")
         return
 
-    # --- Replay ---
-    _lock = lock(run_dir)
-    mode = "r+" if args.resume else "w+"
-    replay = open_replay(args, run_dir / "replay.dat", obs_dim, act_dim, mode)
+    # --- Replay: the last transitions, rows of a file with the fields of Batch ---
+    lock = (run_dir / "args.json").open()  # held while this file is open
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"error: another process trains in {run_dir}") from None
+    sizes = (obs_dim, obs_dim, act_dim, (), ())
+    fields = [(name, np.float32, x) for name, x in zip(Batch._fields, sizes)]
+    replay = np.memmap(
+        replay_path, fields, "r+" if args.resume else "w+", shape=args.buffer_size
+    )
     state = jax.device_put(state, whole)
 
     # --- Logging ---
     stopped = f"stopped; continue with --resume {run_dir}"
     signal.signal(signal.SIGINT, lambda *_: sys.exit(stopped))  # Ctrl-C
     if args.track:
+        import wandb
+
         wandb.init(
             project="simpo",
             id=run_dir.name,
@@ -893,19 +779,18 @@ def main():
             config=vars(args),
             sync_tensorboard=True,
         )
-    writer = SummaryWriter(str(run_dir), purge_step=step + 1, flush_secs=10)
+    writer = SummaryWriter(str(run_dir), purge_step=step + 1)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
     bar.write(f"run folder {run_dir}, on {split.num_devices} x {jax.devices()[0]}")
-    recent = collections.deque(maxlen=20)  # returns of training episodes
+    episodes = []  # returns of training episodes
+    training_return = np.nan  # of the last 20
     metrics = {}
-    first_step = step
-    start = time.time()
 
     # --- Start the episodes; those of a resumed run are new ---
-    envs = make_envs(args, args.num_envs)
+    envs, *_ = make_envs(args, args.num_envs)
     rng = np.random.default_rng([args.seed, step])
     obs, _ = envs.reset(seed=int(rng.integers(EVAL_SEED)))
-    updates = int(state.step)
+    returns, lengths = np.zeros((2, args.num_envs))  # of the episodes that run
 
     while True:
         # --- Save and evaluate ---
@@ -913,64 +798,59 @@ def main():
         if done or step % args.eval_every < args.num_envs:
             replay.flush()
             save(run_dir / "checkpoint.npz", state, step)
-            returns = evaluate(args, eval_envs, state, k_eval, run_dir, step)
-            writer.add_scalar("charts/eval_return", returns.mean(), step)
-            training = np.mean(recent or [np.nan])
-            bar.write(
-                f"step {step}: return {returns.mean():.1f} +- {returns.std():.1f},"
-                f" of training episodes {training:.1f}"
+            note = f", of training episodes {training_return:.1f}"
+            score = evaluate(
+                args, eval_envs, state, k_eval, step, run_dir / "eval.csv", note
             )
+            writer.add_scalar("charts/eval_return", score, step)
         if done:
             break
 
         # --- Act, and update while the environments step ---
-        learning = step >= args.learning_starts
-        if learning:
-            std = noise_std(args, updates)
-            a0 = best_action(args, state, obs, args.act_samples, k_act, step, std)
-            batch = jax.device_put(
-                sample_batch(replay, step, rng, args.batch_size), split
-            )
-            with_policy = updates % args.policy_delay == 0
+        if step >= args.learning_starts:
+            a0 = best_action(args, state, obs, args.act_samples, k_act, step, True)
+            batch = sample_batch(replay, step, rng, args.batch_size)
+            batch = jax.device_put(batch, split)
+            with_policy = step // args.num_envs % args.policy_delay == 0
             state, new_metrics = update(args, with_policy, state, batch, k_update)
             metrics |= new_metrics
-            updates += 1
             a0 = np.asarray(a0)  # waits for the action, while the update runs
         else:
             a0 = rng.uniform(-1, 1, (args.num_envs, act_dim)).astype(np.float32)
 
         # --- Step the environments ---
-        next_obs, reward, terminated, truncated, infos = envs.step(a0)
-        last_obs = next_obs.copy()
-        ended = np.flatnonzero(terminated | truncated)
-        for i in ended:
-            last_obs[i] = infos["final_obs"][i]
-        require_finite(step, action=a0, observation=last_obs, reward=reward)
-        add_transitions(replay, step, Batch(obs, last_obs, a0, reward, terminated))
-        obs = next_obs
+        last_obs = obs
+        next_obs, reward, terminated, ended, obs = step_envs(envs, a0)
+        index = (step + np.arange(args.num_envs)) % args.buffer_size
+        replay[index] = list(zip(last_obs, next_obs, a0, reward, terminated))
+        returns += reward
+        lengths += 1
         step += args.num_envs
         bar.update(args.num_envs)
 
-        # --- Log episodes, and losses once both kinds of update were made ---
-        for i in ended:
-            episode = infos["final_info"]["episode"]
-            recent.append(episode["r"][i])
-            writer.add_scalar("charts/episodic_return", episode["r"][i], step)
-            writer.add_scalar("charts/episodic_length", episode["l"][i], step)
-        if updates > args.policy_delay and step % LOG_EVERY < args.num_envs:
+        # --- Log ---
+        if ended.any():
+            episodes += list(returns[ended])
+            training_return = np.mean(episodes[-20:])
+            writer.add_scalar("charts/episodic_return", returns[ended].mean(), step)
+            writer.add_scalar("charts/episodic_length", lengths[ended].mean(), step)
+            returns[ended] = lengths[ended] = 0
+
+        if metrics and step % LOG_EVERY < args.num_envs:
             metrics = jax.device_get(metrics)
+            require_finite(**metrics)
             for name, value in metrics.items():
                 writer.add_scalar(f"losses/{name}", value, step)
-            require_finite(step, **metrics)
-            sps = (step - first_step) / (time.time() - start)
-            writer.add_scalar("charts/SPS", sps, step)
-            bar.set_postfix(training_return=np.mean(recent or [np.nan]))
+            bar.set_postfix(training_return=training_return)
 
     # --- End ---
     writer.close()
-    (run_dir / "replay.dat").unlink()  # only a resumed run needs it
+    replay_path.unlink()  # only a resumed run needs it
     print(f"done: eval.csv, checkpoint.npz and TensorBoard events are in {run_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # as of a folder that exists already, or does not
+        sys.exit(f"error: {error}")

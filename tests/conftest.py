@@ -108,6 +108,9 @@ def run_main(module, *flags, cwd):
         if isinstance(code, str):
             print(code, file=err)
             code = 1
+    except OSError as error:  # as the last lines of a trainer do
+        print(f"error: {error}", file=err)
+        code = 1
     finally:
         signal.signal(signal.SIGINT, interrupt)
         sys.argv = argv
@@ -121,6 +124,13 @@ def read_evals(run_dir, name="eval.csv"):
     assert header == "step,episode,return,length"
     rows = [line.split(",") for line in lines]
     return np.array(rows, np.float64).reshape(-1, 4)
+
+
+def open_replay(run_dir, obs_dim=3, act_dim=1):
+    """The rows of a replay of 600 transitions of a kind of tiny_envs."""
+    fields = [("obs", "f4", obs_dim), ("next_obs", "f4", obs_dim)]
+    fields += [("act", "f4", act_dim), ("reward", "f4"), ("terminated", "f4")]
+    return np.memmap(run_dir / "replay.dat", fields, "r", shape=600)
 
 
 def arrays_of(run_dir):

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 SCRIPTS = sorted(ROOT.glob("simpo_*.py"))
 TRAINERS = [ROOT / "simpo_mujoco.py", ROOT / "simpo_dmc.py"]
-OWN = {"Args", "main", "make_env"}  # may differ between any two scripts
+OWN = {"Args", "main", "make_envs"}  # may differ between any two scripts
 # may differ between a trainer and another script
 OWN_ELSEWHERE = OWN | {"State", "init_state"}
 

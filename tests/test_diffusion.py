@@ -12,11 +12,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 import simpo_mujoco
 from simpo_mujoco import (
     Args,
+    forward,
     init_mlp,
     init_state,
     matching_loss,
     mish,
-    mlp,
     policy_velocity,
     q_values,
     sample_actions,
@@ -113,7 +113,7 @@ def test_mish_and_its_gradient():
     assert_allclose(slope, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_mlp_and_its_initialisation():
+def test_networks_and_their_initialisation():
     layers = init_mlp(jax.random.key(3), [40, 300, 200, 7])
     shapes = [layer["w"].shape for layer in layers]
     assert shapes == [(40, 300), (300, 200), (200, 7)]
@@ -124,7 +124,9 @@ def test_mlp_and_its_initialisation():
     rng = np.random.default_rng(4)
     x = np.float32(rng.normal(size=(2, 5, 40)))
     expected = naive_mlp(layers, x)
-    assert_allclose(mlp(layers, x), expected, rtol=1e-4, atol=1e-5)
+    assert_allclose(forward(layers, x), expected, rtol=1e-4, atol=1e-5)
+    parts = np.split(x, [3, 10], axis=-1)
+    assert_allclose(forward(layers, *parts), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_q_values_are_plain_networks_of_obs_and_act():
@@ -140,11 +142,12 @@ def test_q_values_are_plain_networks_of_obs_and_act():
 def test_velocity_is_a_plain_network_of_obs_action_and_time():
     theta = tiny_state().theta
     obs, a_t, _ = random_batch()
-    velocity = jax.jit(policy_velocity(theta, obs, T))
+    velocity = jax.jit(policy_velocity, static_argnums=0)
     each = np.random.default_rng(5).integers(T, size=(6, 4))
     for t in (0, 1, T - 1, each):
         expected = naive_velocity(theta, obs, a_t, t)
-        assert_allclose(velocity(a_t, t), expected, rtol=1e-4, atol=1e-5)
+        ours = velocity(ARGS, theta, obs, a_t, t)
+        assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- schedule and sampler ------------------------------------------------------------
@@ -263,7 +266,11 @@ def exact_velocity(num_levels, mean, std):
 def draw(monkeypatch, velocity, count, seed=6, **flags):
     """sample_actions, with this velocity for the network's -> a0 [count]."""
     args = dataclasses.replace(ARGS, **flags)
-    monkeypatch.setattr(simpo_mujoco, "policy_velocity", lambda *_: velocity)
+    monkeypatch.setattr(
+        simpo_mujoco,
+        "policy_velocity",
+        lambda args, theta, obs, a_t, t: velocity(a_t, t),
+    )
     theta = {"net": [{"b": np.zeros(1)}]}
     obs = np.zeros((1, 1))
     sample = jax.jit(lambda key: sample_actions(args, theta, obs, count, key))
@@ -329,14 +336,9 @@ def test_matching_loss_equals_a_second_evaluation(monkeypatch):
     """The a_t and t that the network is asked at give the noise back, and so all."""
     asked = []
 
-    def recording(theta, obs, num_levels):
-        velocity = policy_velocity(theta, obs, num_levels)
-
-        def record(a_t, t):
-            asked.append((np.float64(a_t), np.asarray(t)))
-            return velocity(a_t, t)
-
-        return record
+    def recording(args, theta, obs, a_t, t):
+        asked.append((np.float64(a_t), np.asarray(t)))
+        return policy_velocity(args, theta, obs, a_t, t)
 
     monkeypatch.setattr(simpo_mujoco, "policy_velocity", recording)
     theta = tiny_state().theta

@@ -15,7 +15,7 @@ from dm_control.utils import rewards
 from numpy.testing import assert_allclose, assert_array_equal
 
 import simpo_dmc
-from simpo_dmc import Args, DMControl, landscape, make_env, make_envs
+from simpo_dmc import Args, DMControl, landscape, make_envs, step_envs
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 CHEETAH = Args(num_envs=2)
@@ -96,12 +96,12 @@ def test_the_stock_reward_is_the_task_s_own():
 
 
 def after_one_step(args):
-    env = make_env(args)
-    env.reset(seed=1)
-    obs = env.step(np.linspace(-1, 1, 6))[0]
-    assert obs.shape == env.observation_space.shape
+    envs, obs_dim, _ = make_envs(args, 1)
+    envs.reset(seed=1)
+    [obs], *_ = step_envs(envs, np.linspace(-1, 1, 6)[None])
+    assert obs.shape == (obs_dim,)
     assert obs.dtype == np.float32
-    return obs, env.unwrapped.env.physics.data
+    return obs, envs.envs[0].unwrapped.env.physics.data
 
 
 def test_observations_of_cheetah():
@@ -123,7 +123,7 @@ def test_the_time_limit_truncates_with_the_true_last_observation():
     """1000 steps of dm_control's own dynamics, never `terminated`."""
     args = Args(reward="sqrt", num_envs=2)
     rng = np.random.default_rng(1)
-    envs = make_envs(args, 2)
+    envs, *_ = make_envs(args, 2)
     obs, _ = envs.reset(seed=5)
     again, _ = envs.reset(seed=5)
     assert_array_equal(obs, again)
@@ -135,7 +135,7 @@ def test_the_time_limit_truncates_with_the_true_last_observation():
 
     for step in range(1000):
         a0 = rng.uniform(-1, 1, (2, 6)).astype(np.float32)
-        obs, reward, terminated, truncated, infos = envs.step(a0)
+        next_obs, reward, terminated, ended, obs = step_envs(envs, a0)
         nows = []
         for env, action in zip(peers, np.float64(a0), strict=True):
             nows.append(env.step(action))
@@ -143,11 +143,11 @@ def test_the_time_limit_truncates_with_the_true_last_observation():
         expected = np.sqrt(np.clip(speeds, 0, 10) / 10)
         assert_allclose(reward, expected, atol=1e-6)
         assert not terminated.any()
-        assert (truncated == (step == 999)).all()
+        assert (ended == (step == 999)).all()
     for i in range(2):
         assert nows[i].last()
         assert nows[i].discount == 1
-        assert_allclose(infos["final_obs"][i], flat(nows[i]), atol=1e-4)
+        assert_allclose(next_obs[i], flat(nows[i]), atol=1e-4)
         assert (obs[i] != flat(nows[i])).any()  # the next episode's first
     envs.close()
 
@@ -155,11 +155,11 @@ def test_the_time_limit_truncates_with_the_true_last_observation():
 @pytest.mark.parametrize("value", [np.nan, 1e12])
 def test_a_physics_error_truncates(capsys, value):
     """The last state known is its own successor, reward 0, not terminated; one line."""
-    env = make_env(Args(reward="exp"))
+    env = DMControl(Args(reward="exp"))
     env.reset(seed=0)
     for _ in range(9):
         obs, *_ = env.step(np.zeros(6))
-    env.unwrapped.env.physics.data.qvel[:] = value
+    env.env.physics.data.qvel[:] = value
     last, reward, terminated, truncated, _ = env.step(np.zeros(6))
     assert_array_equal(last, obs)
     assert (reward, terminated, truncated) == (0.0, False, True)
@@ -167,7 +167,7 @@ def test_a_physics_error_truncates(capsys, value):
     assert re.fullmatch(r"warning: episode cut off: .*mjWARN_\w+\n", err)
     fresh, _ = env.reset(seed=3)
     _, first = peer(CHEETAH, 3)
-    assert_array_equal(fresh, flat(first))
+    assert_array_equal(np.float32(fresh), flat(first))
     assert env.step(np.zeros(6))[2:4] == (False, False)
 
 

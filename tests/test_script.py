@@ -1,6 +1,7 @@
 """simpo_mujoco.py as it is run: what it writes, kill -9, resume, films, errors."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -10,7 +11,6 @@ import struct
 import subprocess
 import sys
 import types
-from concurrent.futures import ThreadPoolExecutor
 
 import imageio.v2 as imageio
 import jax
@@ -23,29 +23,27 @@ from conftest import (
     arrays_of,
     assert_equal_arrays,
     assert_refused,
+    open_replay,
     read_evals,
     run_main,
     stop_after,
 )
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_array_equal
 from tensorboardX.proto.event_pb2 import Event
 
 import simpo_mujoco
 from simpo_mujoco import (
     EVAL_SEED,
     Args,
-    best_action,
+    evaluate,
     init_state,
     load,
-    load_policy,
-    lock,
+    make_envs,
     make_run_dir,
-    open_replay,
     parse_args,
     read_args,
     save,
     shardings,
-    write_rows,
 )
 
 FORK = pytest.mark.filterwarnings("ignore:.*fork")  # by imageio, which starts ffmpeg
@@ -87,7 +85,7 @@ def copy(whole, tmp_path):
     """The folder of `whole`, to be changed, with a replay as if it had not ended."""
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
-    open_replay(read_args(run), run / "replay.dat", 3, 1, "w+")
+    (run / "replay.dat").write_bytes(bytes(600 * 36))
     return run
 
 
@@ -155,16 +153,15 @@ def test_tensorboard_file_holds_the_documented_tags(whole):
     losses = {tag for tag in scalars if tag.startswith("losses/")}
     charts = {tag for tag in scalars if tag.startswith("charts/")}
     assert set(scalars) == losses | charts
-    assert len(losses) == 11
+    assert len(losses) == 10
     for name in ("q", "critic_loss", "policy_loss", "spread", "lam", "kl", "ess"):
         assert sorted(scalars[f"losses/{name}"]) == list(range(400, 2401, 400))
-    names = {"episodic_return", "episodic_length", "eval_return", "SPS"}
+    names = {"episodic_return", "episodic_length", "eval_return"}
     assert charts == {f"charts/{name}" for name in names}
     rows = read_evals(whole[0])
     assert set(scalars["charts/eval_return"]) == {0, 1200, 2400}
     for step, mean in scalars["charts/eval_return"].items():
         assert mean == pytest.approx(rows[rows[:, 0] == step, 2].mean(), rel=1e-5)
-    assert min(scalars["charts/SPS"].values()) > 0
     # episodes of 50 steps, of five environments, in 2400 steps
     lengths = scalars["charts/episodic_length"]
     assert set(lengths) == set(scalars["charts/episodic_return"])
@@ -188,29 +185,35 @@ def test_checkpoint_is_plain_arrays(whole, tmp_path, monkeypatch):
     assert arrays_of(tmp_path)["env_step"] == 2400
 
 
-def test_rows_of_an_evaluation_keep_nine_digits_and_stand_once(tmp_path):
-    path = tmp_path / "eval.csv"
-    lengths = [4, 50]
-    write_rows(path, 0, np.array([-1.23456789e-8, 123456.789]), lengths)
-    write_rows(path, 5, np.array([1.0, 2.0]), lengths)
-    write_rows(path, 10, np.array([3.0, 4.0]), lengths)
-    write_rows(path, 5, np.array([5.0, 6.0]), lengths)  # as a resumed run does
-    expected = [
-        "step,episode,return,length",
-        "0,0,-1.23456789e-08,4",
-        "0,1,123456.789,50",
-        "5,0,5,4",
-        "5,1,6,50",
-    ]
-    assert path.read_text().splitlines() == expected
+@pytest.fixture
+def evaluate_at(whole, tmp_path):
+    """evaluate_at(step), two episodes into the file eval.csv of tmp_path."""
+    args = read_args(whole[0])
+    envs, *_ = make_envs(args, 2)
+    state = init_state(args, 3, 1, jax.random.key(0))
+
+    def run(step):
+        evaluate(args, envs, state, jax.random.key(step), step, tmp_path / "eval.csv")
+
+    return run
+
+
+def test_rows_of_an_evaluation_keep_nine_digits_and_stand_once(evaluate_at, tmp_path):
+    for step in (0, 5, 10):
+        evaluate_at(step)
+    first = (tmp_path / "eval.csv").read_text().splitlines()
+    assert len(first) == 7
+    assert re.fullmatch(r"0,0,-\d+\.\d+,50", first[1])
+    assert 8 <= len(re.sub(r"\D", "", first[1].split(",")[2])) <= 9
+    evaluate_at(5)  # as a resumed run does
+    assert (tmp_path / "eval.csv").read_text().splitlines() == first[:5]
 
 
 @pytest.mark.parametrize("text", ["", "step,episode,return,length\n"])
-def test_a_file_of_evaluations_without_a_row_is_continued(tmp_path, text):
-    path = tmp_path / "eval.csv"
-    path.write_text(text)
-    write_rows(path, 5, np.array([1.5]), [50])
-    assert path.read_text() == "step,episode,return,length\n5,0,1.5,50\n"
+def test_a_file_of_evaluations_without_a_row_is_continued(evaluate_at, tmp_path, text):
+    (tmp_path / "eval.csv").write_text(text)
+    evaluate_at(5)
+    assert read_evals(tmp_path)[:, :2].tolist() == [[5, 0], [5, 1]]
 
 
 # ---- play ----------------------------------------------------------------------------
@@ -254,30 +257,6 @@ def test_flags_of_evaluate_are_checked_beside_those_of_the_run(copy):
     assert "--sampling-steps" in err
 
 
-def test_load_policy_acts_in_the_units_of_the_environment(whole):
-    args = read_args(whole[0])
-    state = init_state(args, 3, 1, jax.random.key(0))
-    state, step = load(whole[0] / "checkpoint.npz", state)
-    assert step == 2400
-    act = load_policy(whole[0])
-    for x in (-1.0, 0.0, 1.0):
-        obs = np.array([x, 0.1, 1])
-        key = jax.random.key(args.seed)
-        a0 = best_action(args, state, np.float32([obs]), args.act_samples, key)[0]
-        expected = -1 + 2 * (np.asarray(a0) + 1)  # the space is [-1, 3]
-        action = act(obs)
-        assert action.dtype == np.float32
-        assert_allclose(action, np.clip(expected, -1, 3), atol=1e-5)
-
-
-def test_the_shipped_policy_plays():
-    act = load_policy(ROOT / "benchmark" / "mujoco" / "halfcheetah")
-    actions = np.stack([act(np.full(17, x)) for x in (0.0, 0.1)])
-    assert actions.shape == (2, 6)
-    assert np.abs(actions).max() <= 1
-    assert (actions[0] != actions[1]).all()
-
-
 # ---- kill -9, Ctrl-C, resume ---------------------------------------------------------
 
 
@@ -300,7 +279,7 @@ def test_a_reward_that_comes_late_is_seen_between_short_intervals(root):
     code, _, err = call(root / "late", *RANDOM, *flags)
     assert code == 1, err
     run = root / "late" / "run"
-    replay = open_replay(read_args(run), run / "replay.dat", 3, 1, "r")
+    replay = open_replay(run)
     assert (replay["reward"] == 1).sum() >= 10
     assert (read_evals(run)[:, 2] == 1).all()
 
@@ -313,8 +292,7 @@ def test_a_killed_run_is_continued_from_its_last_save(whole, root, twin, monkeyp
     code, out, err = twin.run(*RUN, cwd=run.parent)
     assert code == -signal.SIGKILL, (out, err)
     assert arrays_of(run)["env_step"] == 1200
-    replay = open_replay(read_args(run), run / "replay.dat", 3, 1, "r")
-    assert 1 < np.abs(replay["act"]).max() < 3  # noisy; the environment clips them
+    assert np.abs(open_replay(run)["act"]).max() == 1  # noisy ones are clipped
 
     init = {}
     wandb = types.SimpleNamespace(init=init.update)
@@ -379,58 +357,35 @@ def test_a_folder_of_other_flags_is_refused(copy):
 
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 def test_what_is_no_run_folder(copy, flag):
-    assert_refused(call(copy.parent, flag, "missing"), "missing is no run folder")
-    (copy / "args.json").write_text("{")
-    assert_refused(call(copy.parent, flag, "run"), "run is no run folder")
+    result = call(copy.parent, flag, "missing")
+    assert_refused(result, "No such file", "missing/args.json")
 
 
-def test_checkpoints_that_are_missing_broken_or_of_something_else(copy):
-    path = copy / "checkpoint.npz"
-    whole = path.read_bytes()
-    arrays = arrays_of(copy)
-    [critic, *_] = [name for name in arrays if name.startswith(".critics_target")]
-
-    path.unlink()
-    assert_refused(call(copy.parent, "--resume", "run"), "checkpoint", "FileNotFound")
-    path.write_bytes(whole[:1000])
-    assert_refused(call(copy.parent, "--evaluate", "run"), "is no checkpoint")
-    np.savez(path, **{x: arrays[x] for x in arrays if x != critic})
-    assert_refused(call(copy.parent, "--resume", "run"), "is no checkpoint", critic)
-    path.write_bytes(whole)
-    result = call(copy.parent, "--evaluate", "run", "--env-id", "Swimmer-v4")
-    assert_refused(result, "is of another environment or other flags")
+def test_a_folder_without_a_checkpoint_is_refused(copy):
+    (copy / "checkpoint.npz").unlink()
+    result = call(copy.parent, "--resume", "run")
+    assert_refused(result, "No such file", "run/checkpoint.npz")
 
 
-def test_a_replay_that_is_not_whole_is_refused(copy):
-    with (copy / "replay.dat").open("r+b") as file:
-        file.truncate(1000)
-    np.savez(copy / "checkpoint.npz", **arrays_of(copy) | {"env_step": 1200})
-    assert_refused(call(copy.parent, "--resume", "run"), "replay.dat is not whole")
-
-
-def test_one_folder_is_named(copy):
-    assert_refused(call(copy.parent, "--resume="), "is no run folder")
-    code, _, err = call(copy.parent, "--resume", "run", "--evaluate", "run")
-    assert code == 2
-    assert "not allowed with" in err
+def test_a_checkpoint_of_other_networks_is_not_loaded(copy):
+    args = read_args(copy)
+    state = init_state(args, 8, 2, jax.random.key(0))
+    with pytest.raises(ValueError, match="reshape"):
+        load(copy / "checkpoint.npz", state)
 
 
 def test_one_process_trains_in_a_folder(copy):
-    held = lock(copy)
-    result = call(copy.parent, "--resume", "run")
+    with (copy / "args.json").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = call(copy.parent, "--resume", "run")
     assert_refused(result, "another process trains in run")
-    held.close()
 
 
 def test_a_complete_run_and_one_without_a_replay_only_play(copy):
     (copy / "replay.dat").unlink()
     code, out, err = call(copy.parent, "--resume", "run")
     assert code == 0, err
-    assert out == "run is complete, and cannot be continued; --evaluate plays it\n"
-    np.savez(copy / "checkpoint.npz", **arrays_of(copy) | {"env_step": 1200})
-    code, out, err = call(copy.parent, "--resume", "run")
-    assert code == 0, err
-    assert out == "run has no replay, and cannot be continued; --evaluate plays it\n"
+    assert out == "run is complete, or has no replay; --evaluate plays it\n"
 
 
 # ---- environments, films, run folders ------------------------------------------------
@@ -483,7 +438,8 @@ def test_an_environment_that_is_not_finite_ends_with_code_3(root, twin, kind):
     flags = ["--env-id", f"tiny_envs:{kind}-v0"]
     code, _, err = twin.run(*RANDOM, *flags, cwd=folder)
     assert code == 3, err
-    assert err == "error: observation is not finite at step 0\n"
+    assert err.splitlines()[-1] == "error: observation is not finite"
+    assert "Traceback" not in err
     assert not (folder / "run" / "eval.csv").exists()
 
 
@@ -492,13 +448,13 @@ def test_a_reward_that_is_not_finite_ends_training(root, monkeypatch):
     monkeypatch.setattr(simpo_mujoco, "EVAL_STEPS", 5)  # it comes at step 7
     result = call(root / "reward", *RANDOM, "--env-id", "tiny_envs:Nan-v0")
     assert result[0] == 3
-    assert result[2].splitlines()[-1] == "error: reward is not finite at step 30"
+    assert result[2].splitlines()[-1] == "error: reward is not finite"
 
 
 def test_divergence_ends_with_code_3(root):
     code, _, err = call(root / "huge", *RUN, "--env-id", "tiny_envs:Huge-v0")
     assert code == 3
-    assert re.search(r"^error: \w+ is not finite at step \d+\n\Z", err, re.M), err
+    assert re.search(r"^error: \w+ is not finite\n\Z", err, re.M), err
     assert np.isfinite(read_evals(root / "huge" / "run")).all()
 
 
@@ -517,25 +473,12 @@ def test_an_environment_that_cannot_be_filmed_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_three_starts_in_one_second_get_three_folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")
-    with ThreadPoolExecutor(3) as pool:
-        folders = pool.map(make_run_dir, [Args()] * 3, ["C-v0__simpo"] * 3)
-    names = sorted(folder.name for folder in folders)
-    first = "C-v0__simpo__20260101-000000"
-    assert names == [first, f"{first}-2", f"{first}-3"]
-    for folder in (tmp_path / "runs").iterdir():
-        files = {path.name for path in folder.iterdir()}
-        assert files == {"args.json", "versions.json"}
-
-
 @pytest.mark.parametrize("path", ["file", "file/below", "used", "x" * 300])
 def test_run_folders_that_cannot_be_made(tmp_path, path):
     """A file at the folder or above it, a folder in use, a name that is too long."""
     (tmp_path / "file").write_text("kept")
     (tmp_path / "used").mkdir()
-    assert_refused(call(tmp_path, *POINT, "--run-dir", path), "--run-dir", path)
+    assert_refused(call(tmp_path, *POINT, "--run-dir", path), path)
     assert sorted(x.name for x in tmp_path.rglob("*")) == ["file", "used"]
 
 
@@ -553,31 +496,27 @@ def test_the_bound_on_the_kl_follows_from_the_number_of_samples():
     [
         ("--neg-clip 0.1", "--neg-clip must be at most 0"),
         ("--neg-clip nan", "--neg-clip must be at most 0"),
-        ("--neg-clip -0.05 --weighting exp", "--neg-clip is not for exp"),
-        ("--eps-kl 4", "--eps-kl must be in (0, log of --num-samples)"),
-        ("--eps-kl 0", "--eps-kl"),
+        ("--neg-clip -0.05 --weighting exp", "--neg-clip is for linear, square"),
+        ("--eps-kl 4", "--eps-kl must be below log of --num-samples"),
         ("--eps-kl 0.7 --num-samples 2", "--eps-kl"),
         ("--num-samples 1", "--num-samples"),
         ("--num-samples 1.5", "--num-samples"),
-        ("--total-timesteps -5", "--total-timesteps must be at least 1"),
-        ("--total-timesteps 10000", "--learning-starts leaves no update"),
-        ("--learning-starts 2000000", "--learning-starts leaves no update"),
-        ("--num-envs 2000000", "--learning-starts leaves no update"),
-        ("--noise-end 0", "--noise-start and --noise-end"),
-        ("--power 0", "--power must be above 0"),
-        ("--learning-starts 0", "--learning-starts must be at least 1"),
-        ("--buffer-size 0", "--buffer-size"),
-        ("--batch-size 0", "--batch-size"),
-        ("--eval-episodes 0", "--eval-episodes"),
-        ("--eval-every -1", "--eval-every"),
-        ("--critic-lr nan", "--critic-lr must be at least 0"),
-        ("--gamma -0.1", "--gamma"),
-        ("--gamma 1.01", "--gamma and --tau must be at most 1"),
-        ("--tau -1", "--tau"),
-        ("--tau 2", "--gamma and --tau must be at most 1"),
+        ("--total-timesteps -5", "--total_timesteps must be at least 1"),
+        ("--total-timesteps 10000", "--total-timesteps leaves no update"),
+        ("--learning-starts 2000000", "--total-timesteps leaves no update"),
+        ("--num-envs 2000000", "--total-timesteps leaves no update"),
+        ("--num-samples 0", "--num_samples must be at least 1"),
+        ("--learning-starts 0", "--learning_starts must be at least 1"),
+        ("--buffer-size 0", "--buffer_size"),
+        ("--batch-size 0", "--batch_size"),
+        ("--eval-episodes 0", "--eval_episodes"),
+        ("--eval-every -1", "--eval_every"),
+        ("--critic-lr nan", "--critic_lr must be at least 0"),
+        ("--gamma -0.1", "--gamma must be at least 0"),
+        ("--tau -1", "--tau must be at least 0"),
         ("--seed", "--seed"),
-        ("--seed -1", "--seed must be in"),
-        (f"--seed {2**32}", "--seed must be in"),
+        ("--seed -1", "--seed must be at least 0"),
+        (f"--seed {2**32}", "--seed must be below 2^32"),
         ("--sampling-steps 1", "--sampling-steps must be in [2, T]"),
         ("--sampling-steps 21", "--sampling-steps must be in [2, T]"),
         ("--diffusion-steps 5", "--sampling-steps must be in [2, T]"),
@@ -596,14 +535,9 @@ def test_bad_input_names_its_flag(tmp_path, flags, mention):
 
 
 DEVICES = """
-import os, sys, jax, {name} as script
-before = jax.config.jax_num_cpu_devices, jax.config.jax_default_matmul_precision
-sys.argv = ["{name}.py", "--resume", "missing"]
-try:
-    script.main()
-except SystemExit as end:
-    print(end.code)
-print(*before, jax.device_count(), jax.config.jax_default_matmul_precision)
+import jax, {name} as script
+print(jax.config.jax_num_cpu_devices)
+print(script.shardings(script.Args(batch_size=840))[1].num_devices)
 """
 
 
@@ -615,7 +549,7 @@ def test_a_batch_is_split_over_as_many_cores_as_divide_it(batch_size, count):
 
 
 @pytest.mark.parametrize("name", ["simpo_mujoco", "simpo_dmc"])
-def test_main_makes_a_device_of_each_core_and_importing_sets_nothing(tmp_path, name):
+def test_every_core_is_a_device_and_importing_sets_nothing(tmp_path, name):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     del env["JAX_NUM_CPU_DEVICES"]
     done = subprocess.run(
@@ -625,13 +559,13 @@ def test_main_makes_a_device_of_each_core_and_importing_sets_nothing(tmp_path, n
         capture_output=True,
         text=True,
     )
+    before, count = map(int, done.stdout.split())
     cores = len(os.sched_getaffinity(0))
-    first, last = done.stdout.splitlines()
-    assert first == "error: missing is no run folder"
-    assert last == f"-1 None {cores} float32", done.stderr
+    assert before == -1
+    assert count == max(n for n in range(1, cores + 1) if 840 % n == 0)
 
 
 def test_flags_of_a_run_are_those_that_were_written(tmp_path):
     args = dataclasses.replace(Args(), seed=7, eps_kl=0.5, run_dir=str(tmp_path / "x"))
-    run = make_run_dir(args, "unused")
+    run = make_run_dir(args)
     assert read_args(run) == args

@@ -207,10 +207,6 @@ class Narrow(Point):
     high = 0.1  # 0.100000001 in float32: rounding leads out of the space
 
 
-class Wide(Narrow):
-    act_dtype = np.float64
-
-
 class Unbounded(Point):
     low = -np.inf
     high = np.inf

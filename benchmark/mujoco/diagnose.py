@@ -37,10 +37,10 @@ def play(args, state, envs):
         a0 = simpo.best_action(args, state, obs, args.act_samples, key, len(steps))
         q = simpo.q_values(state.critics, obs, a0[:, None])  # [2, E, 1]
         q = q.min(axis=0)[:, 0]
-        next_obs, reward, terminated, truncated, _ = envs.step(np.asarray(a0))
-        steps.append((obs, np.asarray(q), reward, running))
-        obs = next_obs
-        running = running & ~(terminated | truncated)
+        met = obs
+        _, reward, _, ended, obs = simpo.step_envs(envs, np.asarray(a0))
+        steps.append((met, np.asarray(q), reward, running))
+        running = running & ~ended
     return [np.array(column) for column in zip(*steps, strict=True)]
 
 
@@ -66,11 +66,9 @@ def correlation(x, y):
 def main(run: tyro.conf.Positional[Path]):
     jax.config.update("jax_default_matmul_precision", "float32")  # as in the trainer
     args = simpo.read_args(run)
-    envs = simpo.make_envs(args, EPISODES)
-    obs_dim = envs.single_observation_space.shape[0]
-    act_dim = envs.single_action_space.shape[0]
+    envs, obs_dim, act_dim = simpo.make_envs(args, EPISODES)
     state = simpo.init_state(args, obs_dim, act_dim, jax.random.key(0))
-    state, step = simpo.load(run / "checkpoint.npz", state, whole=False)
+    state, step = simpo.load(run / "checkpoint.npz", state)
     obs, q, reward, running = play(args, state, envs)
     followed = followed_returns(args, reward, running)
 

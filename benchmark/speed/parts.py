@@ -35,18 +35,18 @@ class Trainer:
     def __init__(self, args, folder):
         self.args = args
         self.whole, self.split = simpo.shardings(args)
-        self.envs = simpo.make_envs(args, args.num_envs)
+        self.envs, obs_dim, act_dim = simpo.make_envs(args, args.num_envs)
         self.obs, _ = self.envs.reset(seed=0)
-        obs_dim = self.obs.shape[1]
-        act_dim = self.envs.single_action_space.shape[0]
         k_init, self.k_act, self.k_update = jax.random.split(jax.random.key(0), 3)
         state = simpo.init_state(args, obs_dim, act_dim, k_init)
         self.state = jax.device_put(state, self.whole)
         self.updates = 0
 
         self.rng = np.random.default_rng(0)
+        sizes = (obs_dim, obs_dim, act_dim, (), ())
+        fields = [(name, "f4", x) for name, x in zip(simpo.Batch._fields, sizes)]
         path = Path(folder) / "replay.dat"
-        self.replay = simpo.open_replay(args, path, obs_dim, act_dim, "w+")
+        self.replay = np.memmap(path, fields, "w+", shape=args.buffer_size)
         for name in ("obs", "next_obs", "act", "reward"):
             shape = self.replay[name][:ROWS].shape
             self.replay[name][:ROWS] = self.rng.uniform(-1, 1, shape)
@@ -54,10 +54,9 @@ class Trainer:
     def act(self):
         """Returns once the device has the work, not the result."""
         args = self.args
-        std = simpo.noise_std(args, self.updates)
         step = self.updates * args.num_envs
         self.a0 = simpo.best_action(
-            args, self.state, self.obs, args.act_samples, self.k_act, step, std
+            args, self.state, self.obs, args.act_samples, self.k_act, step, True
         )
 
     def sample(self):
@@ -77,10 +76,10 @@ class Trainer:
         self.a0 = np.asarray(self.a0)
 
     def step(self):
-        next_obs, reward, terminated, _, _ = self.envs.step(self.a0)
-        batch = simpo.Batch(self.obs, next_obs, self.a0, reward, terminated)
-        simpo.add_transitions(self.replay, ROWS, batch)
-        self.obs = next_obs
+        last_obs = self.obs
+        next_obs, reward, terminated, _, self.obs = simpo.step_envs(self.envs, self.a0)
+        rows = list(zip(last_obs, next_obs, self.a0, reward, terminated))
+        self.replay[ROWS : ROWS + len(rows)] = rows
 
     def wait(self):
         jax.block_until_ready((self.state, self.batch))
@@ -115,7 +114,6 @@ class Trainer:
 def prepare(args, folder):
     """-> a Trainer of which all is compiled."""
     jax.config.update("jax_default_matmul_precision", "float32")  # as main() does
-    simpo.use_all_cores()
     trainer = Trainer(args, folder)
     for _ in range(2 * args.policy_delay):
         trainer.iteration()

@@ -53,9 +53,10 @@ COLOURS = {
 OLDER = ", older trainer"  # ends the name of a run that `collect` marked
 PLACE = {"run_dir", "resume", "evaluate"}  # flags that say where a run is, not what
 # flags that name no curve: of task, method and seed, or without effect on training
-UNNAMED = {"seed", "env_id", "domain", "task", "reward", "weighting", "power", *PLACE}
-UNNAMED |= {"eval_every", "eval_episodes", "log_every", "capture_video", "track"}
-UNNAMED |= {"checkpoint_every"}
+UNNAMED = {
+    *("seed", "env_id", "domain", "task", "reward", "weighting", "power", *PLACE),
+    *("eval_every", "eval_episodes", "checkpoint_every", "capture_video", "track"),
+}
 Paths = tyro.conf.Positional[tuple[Path, ...]]
 Select = tuple[tuple[str, str], ...]  # of rows: column, value
 

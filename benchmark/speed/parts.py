@@ -60,8 +60,7 @@ class Trainer:
         )
 
     def sample(self):
-        size = self.args.batch_size
-        batch = simpo.sample_batch(self.replay, ROWS, self.rng, size)
+        batch = simpo.sample_batch(self.replay, ROWS, self.rng, self.args.batch_size)
         self.batch = jax.device_put(batch, self.split)
 
     def update(self):
@@ -106,8 +105,7 @@ class Trainer:
                 for call in calls:
                     call()
             self.wait()
-            seconds = time.perf_counter() - start
-            times[name] = 1000 * seconds / self.args.policy_delay
+            times[name] = 1000 * (time.perf_counter() - start) / self.args.policy_delay
         return times
 
 

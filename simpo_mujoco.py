@@ -3,7 +3,7 @@
     python simpo_mujoco.py --env-id Hopper-v4 --neg-clip -0.05
 
 Section 5.2 of arXiv 2603.10250, with Algorithm 1 and the settings of its Table 4. One
-million steps take about three hours on two cores. To use it, copy this file and
+million steps take two to three hours on two cores. To use it, copy this file and
 common.py. README.md has the results.
 
 Noise levels t = 0 .. T - 1 rise, with a_t = alpha_t a0 + sigma_t noise and
@@ -13,12 +13,12 @@ o observation, d action, H hidden units.
 Where the paper is silent, or we depart from it (evidence: docs/mujoco.md):
 1. Samples come from a slow copy of the policy, pi_old, which also acts and serves the
    critic targets.
-2. Gaussian noise that falls over the run is added to the samples and to actions, which
-   are clipped to [-1, 1].
+2. Gaussian noise that falls over the run is added to the weighted samples and to the
+   actions taken in training, which are then clipped to [-1, 1].
 3. Critic targets take the best of 4 next actions, acting and evaluation the best of 8.
 4. Critics take two steps on a batch; target critics and pi_old follow at rate 0.02.
-5. l is in units of weights whose mean is 1, and clips every power; in eq. (11) it clips
-   the linear weight.
+5. The clip l, --neg-clip, is for weights of mean 1 and for every power; in eq. (11) it
+   clips the linear weight.
 6. The squared error of each dimension is bounded.
 7. The smaller of two target critics weights the samples.
 8. N = 8 and a deterministic sampler of six steps. `--num-samples 32 --sampler ddpm
@@ -64,9 +64,9 @@ class Args:
     env_id: str = "Hopper-v4"  # Gymnasium id; module:Name-v0 imports module first
     seed: int = 1  # of networks, actions, batches and training episodes
     total_timesteps: int = 1_000_000  # environment steps, over all environments
-    num_envs: int = 5  # environments; each step of all of them comes with an update
+    num_envs: int = 5  # environments stepped together; one update for each joint step
     eval_every: int = 25_000  # environment steps between saves, each with an evaluation
-    eval_episodes: int = 20  # of an evaluation, from the same starts every time
+    eval_episodes: int = 20  # episodes of an evaluation, always from the same starts
     run_dir: str | None = None  # default: runs/{env_id}__simpo_mujoco__{seed}__{time}
     resume: str | None = None  # run folder to continue, with its own flags
     evaluate: str | None = None  # run folder to evaluate instead of training
@@ -83,7 +83,7 @@ class Args:
     sampling_steps: int = 6  # noise levels that the sampler visits
     sampler: Literal["ddpm", "dpm2"] = "dpm2"  # ancestral, or of second order
     target_samples: int = 4  # M: critic targets take the best of M next actions
-    act_samples: int = 8  # actions taken, and evaluated, are the best of so many
+    act_samples: int = 8  # act and evaluate with the best of this many samples
     noise_start: float = 0.3  # std of the noise on samples and actions, first update
     noise_end: float = 0.1  # the same at the last update; geometric in between
     error_bound: float = 5.0  # on the squared error of each action dimension
@@ -94,18 +94,18 @@ class Args:
     critic_steps: int = 2  # Adam steps of the critics on each batch and its targets
     gamma: float = 0.99  # discount
     tau: float = 0.02  # rate at which target critics and pi_old follow, when updated
-    reward_scale: float = 0.2  # of the rewards that the critics see
+    reward_scale: float = 0.2  # factor on the rewards that the critics see
     batch_size: int = 256  # B
     buffer_size: int = 1_000_000  # most recent transitions that batches are drawn from
-    learning_starts: int = 30_000  # environment steps with random actions first
-    policy_delay: int = 2  # updates of the critics for one of the policy
+    learning_starts: int = 30_000  # environment steps of random actions first
+    policy_delay: int = 2  # updates of the critics per update of the policy
     hidden_dim: int = 256  # H, of each of the 3 hidden layers of policy and critics
 
     @property
     def kl_bound(self):
         """Bound on the KL of the weights, eq. (30), in nats."""
         if self.eps_kl is None:
-            return 1.5 / math.log(32) * math.log(self.num_samples)
+            return 1.5 * math.log(self.num_samples, 32)
         return self.eps_kl
 
     def __post_init__(self):
@@ -116,7 +116,7 @@ class Args:
                     raise ValueError(f"--{name} must be at least {least}")
         rules = {
             "--seed must be below 2^32": self.seed < 2**32,
-            "--sampling-steps must be in [2, T]": (
+            "--sampling-steps must be in [2, --diffusion-steps]": (
                 2 <= self.sampling_steps <= self.diffusion_steps
             ),
         }
@@ -126,10 +126,10 @@ class Args:
                 "--neg-clip is for linear, square and power": (
                     not self.neg_clip or self.weighting in ("linear", "square", "power")
                 ),
-                "--eps-kl must be below log of --num-samples": (
+                "--eps-kl must be below the log of --num-samples": (
                     self.kl_bound < math.log(self.num_samples)
                 ),
-                "--total-timesteps leaves no update": (
+                "--total-timesteps must be at least --learning-starts + --num-envs": (
                     self.learning_starts + self.num_envs <= self.total_timesteps
                 ),
             }
@@ -160,7 +160,7 @@ def init_mlp(key, sizes):
 def forward(layers, *inputs):
     """An MLP of joined inputs: obs [B, 1, o], act [B, N, d] -> [B, N, out].
 
-    The first layer multiplies each input by itself: obs once, not for each sample."""
+    The first layer multiplies each input separately, so obs once and not N times."""
     first, *others = layers
     splits = np.cumsum([x.shape[-1] for x in inputs])[:-1]
     blocks = jnp.split(first["w"], splits)
@@ -205,7 +205,7 @@ def to_a0(a_t, velocity, alpha, sigma):
 
 
 class Level(NamedTuple):
-    """Of a noise level, the sampler's step down from it:
+    """The sampler's step down from a noise level:
 
     a_next = coef_a0 a0 + coef_last (a0 predicted one level above) + coef_at a_t
              + std noise."""
@@ -226,6 +226,7 @@ def sampler_levels(args):
     dpm2 is DPM-Solver++(2M), Lu et al. (2211.01095)."""
     i = np.arange(args.sampling_steps)
     skipped = args.diffusion_steps - args.sampling_steps
+    # distinct levels from 0 to T - 1; 1.7 was found by trial
     t = np.round(i + skipped * (i / i[-1]) ** 1.7).astype(np.int32)
 
     alpha, sigma = np.array(schedule(args.diffusion_steps))[:, t]
@@ -284,7 +285,7 @@ def sample_actions(args, theta, obs, num_samples, key):
 def weights(args, q, lam):
     """Eq. (9): q [B, N] and lam [], in reward units -> w [B, N] of mean 1 over N."""
     n = q.shape[-1]
-    q = jax.lax.stop_gradient(q - jnp.max(q, axis=-1, keepdims=True))
+    q = q - jnp.max(q, axis=-1, keepdims=True)  # for the precision of nu
     if args.weighting == "exp":  # Example 3.1
         return n * jax.nn.softmax(q / lam, axis=-1)
     if args.weighting == "qvpo":  # Example 3.2, w = y as in Table 1; not normalised
@@ -352,23 +353,23 @@ def init_state(args, obs_dim, act_dim, key):
         log_lam=jnp.float32(0),
         step=jnp.int32(0),
     )
-    return jax.tree.map(jnp.copy, state)  # `update` is given arrays of its own
+    return jax.tree.map(jnp.copy, state)  # `update` donates: no array may serve twice
 
 
-def add_noise(args, a0, step, key):
-    """Samples of pi_old with the noise of exploration after `step` updates (2)."""
-    share = step * args.num_envs / (args.total_timesteps - args.learning_starts)
+def add_noise(args, a0, updates, key):
+    """Samples of pi_old with the noise of exploration after so many updates (2)."""
+    share = updates * args.num_envs / (args.total_timesteps - args.learning_starts)
     std = args.noise_start ** (1 - share) * args.noise_end**share
     noise = jax.random.normal(key, a0.shape)
     return jnp.clip(a0 + std * noise, -1, 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 6))
-def best_action(args, state, obs, num_samples, key, step=0, noisy=False):
+def best_action(args, state, obs, num_samples, key, draw=0, noisy=False):
     """Of samples of pi_old the best by the smaller critic: obs [B, o] -> a0 [B, d].
 
-    Each step draws its own samples from the key."""
-    k_sample, k_noise = jax.random.split(jax.random.fold_in(key, step))
+    Each number `draw` has its own samples."""
+    k_sample, k_noise = jax.random.split(jax.random.fold_in(key, draw))
     a0 = sample_actions(args, state.theta_old, obs, num_samples, k_sample)
     if noisy:
         a0 = add_noise(args, a0, state.step, k_noise)
@@ -420,7 +421,7 @@ def matching_loss(theta, args, obs, a0, w, key):
     a_t = alpha * a0 + sigma * noise
     velocity = policy_velocity(args, theta, obs, a_t, t)
     error = (velocity - to_velocity(a0, noise, alpha, sigma)) ** 2
-    # differs from paper: bounded (6), or w < 0 gains without end by pushing away
+    # differs from paper: bounded (6); else w < 0 gains without end by pushing away
     error = jnp.minimum(error, args.error_bound)
     return jnp.mean(w * jnp.sum(error, axis=-1))
 
@@ -524,7 +525,7 @@ def step_envs(envs, a0):
 
 
 def require_finite(**arrays):
-    """Ends the run where an array is not finite in float32."""
+    """Ends the run if an array is not finite in float32."""
     for name, array in arrays.items():
         if not (np.abs(array) < 3e38).all():
             print(f"error: {name} is not finite", file=sys.stderr)
@@ -539,9 +540,9 @@ def sample_batch(replay, step, rng, batch_size):
 
 # ---- evaluation and checkpoints ------------------------------------------------------
 def evaluate(args, envs, state, key, step, path, note=""):
-    """An episode of each environment, from the same starts every time -> mean return.
+    """An episode in each environment, from the same starts every time -> mean return.
 
-    Prints it, writes a row an episode to the CSV at `path`, and films the first one."""
+    Prints it, adds a row per episode to the CSV at `path`, films the first if asked."""
     obs, _ = envs.reset(seed=EVAL_SEED)
     returns, lengths = np.zeros((2, envs.num_envs))
     running = np.ones(envs.num_envs, bool)
@@ -561,7 +562,7 @@ def evaluate(args, envs, state, key, step, path, note=""):
         fps = envs.envs[0].metadata.get("render_fps", 30)
         imageio.mimsave(path.with_name(f"film-{step}.mp4"), frames, fps=fps)
 
-    # rows of this step and later ones leave: a resumed run makes them again
+    # rows of this step and later ones are dropped: a resumed run writes them again
     rows = path.read_text().splitlines()[1:] if path.exists() else []
     rows = [row for row in rows if int(row.split(",")[0]) < step]
     for i in range(envs.num_envs):
@@ -583,8 +584,8 @@ def save(path, state, step):
 
 
 def load(path, state):
-    """-> state, environment step. What the file lacks stays as it is in `state`: the
-    shipped ones hold no more than what chooses actions."""
+    """-> state, environment step. What the file lacks keeps its value in `state`: a
+    shipped checkpoint holds only what acting needs."""
     old = named_leaves(state)
     with np.load(path) as file:
         arrays = old | dict(file)
@@ -602,8 +603,8 @@ def read_args(folder):
     if differing:
         commit = json.loads(path.with_name("versions.json").read_text())["commit"]
         raise SystemExit(
-            f"error: {folder} is of commit {commit}, which differs in these flags:"
-            f" {', '.join(sorted(differing))}"
+            f"error: {folder} is of another script or version, commit {commit};"
+            f" flags that differ: {', '.join(sorted(differing))}"
         )
     return Args(**saved)
 
@@ -638,9 +639,10 @@ def make_run_dir(args):
 
 
 def shardings(args):
-    """Where a state lies, whole on each device, and a batch, split over a CPU's.
+    """-> shardings of a state, which lies on every device, and of a batch, split over
+    the most devices of a CPU that divide it, or on one GPU.
 
-    XLA threads one CPU device badly, so that every core is made a device."""
+    XLA threads one CPU device badly, so every core is made a device."""
     if jax.config.jax_num_cpu_devices < 0:  # the user has not chosen
         cores = os.cpu_count()
         if hasattr(os, "sched_getaffinity"):  # Linux: those this process may use
@@ -657,12 +659,12 @@ def shardings(args):
 def main():
     # --- Flags and devices ---
     gym.logger.min_level = gym.logger.ERROR  # the paper's tasks are v4, not the newest
-    sys.path.append("")  # where --env-id module:Name-v0 looks too
+    sys.path.append("")  # --env-id module:Name-v0 is looked for here too
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")  # faster
-    if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # films without a screen
     jax.config.update("jax_default_matmul_precision", "float32")
     args = parse_args()
+    if args.capture_video and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # films without a screen
     whole, split = shardings(args)
 
     # --- Environments and state ---
@@ -715,11 +717,11 @@ def main():
             config=vars(args),
             sync_tensorboard=True,
         )
-    writer = SummaryWriter(str(run_dir), purge_step=step + 1)
+    writer = SummaryWriter(str(run_dir), purge_step=step + 1)  # hides later events
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
     bar.write(f"run folder {run_dir}, on {split.num_devices} x {jax.devices()[0]}")
     episodes = []  # returns of training episodes
-    training_return = np.nan  # of the last 20
+    training_return = np.nan  # mean of the last 20
     metrics = {}
 
     # --- Start the episodes; those of a resumed run are new ---
@@ -733,6 +735,7 @@ def main():
         done = step >= args.total_timesteps
         if done or step % args.eval_every < args.num_envs:
             replay.flush()
+            writer.flush()
             save(run_dir / "checkpoint.npz", state, step)
             note = f", of training episodes {training_return:.1f}"
             score = evaluate(
@@ -744,7 +747,9 @@ def main():
 
         # --- Act, and update while the environments step ---
         if step >= args.learning_starts:
-            a0 = best_action(args, state, obs, args.act_samples, k_act, step, True)
+            a0 = best_action(
+                args, state, obs, args.act_samples, k_act, step, noisy=True
+            )
             batch = sample_batch(replay, step, rng, args.batch_size)
             batch = jax.device_put(batch, split)
             with_policy = step // args.num_envs % args.policy_delay == 0

@@ -289,7 +289,7 @@ def kl_to(theta_pretrained, theta, x0, key):
 def weights(args, q, lam):
     """Eq. (9): q [B, N] and lam [], in reward units -> w [B, N] of mean 1 over N."""
     n = q.shape[-1]
-    q = q - jnp.max(q, axis=-1, keepdims=True)  # for the precision of nu
+    q = jax.lax.stop_gradient(q - jnp.max(q, axis=-1, keepdims=True))
     if args.weighting == "exp":  # Example 3.1
         return n * jax.nn.softmax(q / lam, axis=-1)
     if args.weighting == "qvpo":  # Example 3.2, w = y as in Table 1; not normalised

@@ -285,7 +285,7 @@ def sample_actions(args, theta, obs, num_samples, key):
 def weights(args, q, lam):
     """Eq. (9): q [B, N] and lam [], in reward units -> w [B, N] of mean 1 over N."""
     n = q.shape[-1]
-    q = q - jnp.max(q, axis=-1, keepdims=True)  # for the precision of nu
+    q = jax.lax.stop_gradient(q - jnp.max(q, axis=-1, keepdims=True))
     if args.weighting == "exp":  # Example 3.1
         return n * jax.nn.softmax(q / lam, axis=-1)
     if args.weighting == "qvpo":  # Example 3.2, w = y as in Table 1; not normalised
@@ -506,7 +506,7 @@ def make_envs(args, count, film=False):
         [obs_dim] = envs.single_observation_space.shape
         [act_dim] = envs.single_action_space.shape
     except Exception as error:  # a constructor can raise anything
-        raise SystemExit(f"error: cannot use {args.env_id}: {error!r}") from None
+        raise SystemExit(f"error: cannot use {args.env_id}: {error!r}")
     return envs, obs_dim, act_dim
 
 
@@ -696,7 +696,7 @@ def main():
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise SystemExit(f"error: another process trains in {run_dir}") from None
+        raise SystemExit(f"error: another process trains in {run_dir}")
     sizes = (obs_dim, obs_dim, act_dim, (), ())
     fields = [(name, np.float32, x) for name, x in zip(Batch._fields, sizes)]
     replay = np.memmap(

@@ -388,7 +388,7 @@ def best_action(args, state, obs, num_samples, key, draw=0, noisy=False):
     if noisy:
         a0 = add_noise(args, a0, state.step, k_noise)
     q = q_values(state.critics, obs, a0).min(axis=0)
-    best = jnp.argmax(q, axis=-1)
+    best = q.argmax(axis=-1)
     return jax.vmap(lambda samples, i: samples[i])(a0, best)
 
 
@@ -430,7 +430,7 @@ def matching_loss(theta, args, obs, a0, w, key):
     k_t, k_noise = jax.random.split(key)
     t = jax.random.randint(k_t, w.shape, 0, args.diffusion_steps)
     noise = jax.random.normal(k_noise, a0.shape)
-    alpha, sigma = jnp.float32(schedule(args.diffusion_steps))[:, t][..., None]
+    alpha, sigma = jnp.float32(schedule(args.diffusion_steps))[:, t, None]
 
     a_t = alpha * a0 + sigma * noise
     velocity = policy_velocity(args, theta, obs, a_t, t)

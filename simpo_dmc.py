@@ -572,7 +572,8 @@ def make_envs(args, count, film=False):  # dm_control can always film
         [obs_dim] = envs.single_observation_space.shape
         [act_dim] = envs.single_action_space.shape
     except Exception as error:  # a constructor can raise anything
-        raise SystemExit(f"error: cannot use {args.env_id}: {error!r}")
+        needs = "observations must be flat, actions flat, bounded and real"
+        raise SystemExit(f"error: cannot use {args.env_id}: {error!r}; {needs}")
     return envs, obs_dim, act_dim
 
 

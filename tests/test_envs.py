@@ -245,5 +245,5 @@ def test_unsuitable_environments_are_refused_in_one_line(env_id, mention):
     with pytest.raises(SystemExit) as end:
         make_envs(dataclasses.replace(ARGS, env_id=env_id), 2)
     message = end.value.code
-    assert re.fullmatch(r"error: cannot use \S+: \w+\(.*\)", message), message
+    assert re.fullmatch(r"error: cannot use \S+: \w+\(.*\); .* real", message), message
     assert mention in message

@@ -572,8 +572,10 @@ def make_envs(args, count, film=False):  # dm_control can always film
         [obs_dim] = envs.single_observation_space.shape
         [act_dim] = envs.single_action_space.shape
     except Exception as error:  # a constructor can raise anything
-        needs = "observations must be flat, actions flat, bounded and real"
-        raise SystemExit(f"error: cannot use {args.env_id}: {error!r}; {needs}")
+        raise SystemExit(
+            f"error: cannot use {args.env_id}: {error!r};"
+            " observations must be flat, actions flat, bounded and real"
+        )
     return envs, obs_dim, act_dim
 
 
@@ -681,8 +683,9 @@ def parse_args():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", "--evaluate", dest="folder")
     known, others = parser.parse_known_args()
-    args = tyro.cli(Args, default=read_args(known.folder) if known.folder else None)
-    if args.resume and not {"--track", "--capture-video"}.issuperset(others):
+    default = None if known.folder is None else read_args(known.folder)
+    args = tyro.cli(Args, default=default)
+    if args.resume and set(others) - {"--track", "--capture-video"}:
         raise SystemExit("error: --resume takes only --track and --capture-video")
     return args
 
@@ -782,7 +785,7 @@ def main():
             config=vars(args),
             sync_tensorboard=True,
         )
-    writer = SummaryWriter(str(run_dir), purge_step=step + 1)  # hides later events
+    writer = SummaryWriter(run_dir, purge_step=step + 1)  # hides later events
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
     bar.write(f"run folder {run_dir}, on {split.num_devices} x {jax.devices()[0]}")
     episodes = []  # returns of training episodes
@@ -802,9 +805,14 @@ def main():
             replay.flush()
             writer.flush()
             save(run_dir / "checkpoint.npz", state, step)
-            note = f", of training episodes {training_return:.1f}"
             score = evaluate(
-                args, eval_envs, state, k_eval, step, run_dir / "eval.csv", note
+                args,
+                eval_envs,
+                state,
+                k_eval,
+                step,
+                run_dir / "eval.csv",
+                f", of training episodes {training_return:.1f}",
             )
             writer.add_scalar("charts/eval_return", score, step)
         if done:
@@ -858,5 +866,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:  # as of a folder that exists already, or does not
+    except (OSError, ImportError) as error:  # of folders, or of --track without wandb
         sys.exit(f"error: {error}")

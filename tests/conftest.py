@@ -108,7 +108,7 @@ def run_main(module, *flags, cwd):
         if isinstance(code, str):
             print(code, file=err)
             code = 1
-    except OSError as error:  # as the last lines of a trainer do
+    except (OSError, ImportError) as error:  # as the last lines of a trainer do
         print(f"error: {error}", file=err)
         code = 1
     finally:

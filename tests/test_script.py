@@ -361,6 +361,17 @@ def test_what_is_no_run_folder(copy, flag):
     assert_refused(result, "No such file", "missing/args.json")
 
 
+def test_an_empty_name_of_a_folder_starts_no_run(tmp_path):
+    """As of a shell's variable that is not set."""
+    assert_refused(call(tmp_path, "--resume="), "args.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_track_without_wandb_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert_refused(call(tmp_path, *RUN, "--track"), "wandb")
+
+
 def test_a_folder_without_a_checkpoint_is_refused(copy):
     (copy / "checkpoint.npz").unlink()
     result = call(copy.parent, "--resume", "run")

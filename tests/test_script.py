@@ -363,7 +363,7 @@ def test_what_is_no_run_folder(copy, flag):
 
 def test_an_empty_name_of_a_folder_starts_no_run(tmp_path):
     """As of a shell's variable that is not set."""
-    assert_refused(call(tmp_path, "--resume="), "args.json")
+    assert_refused(call(tmp_path, "--resume=", *RUN), "args.json")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,14 +16,14 @@ Where the paper is silent, or we depart from it (evidence: docs/mujoco.md):
    critic targets.
 2. Gaussian noise that falls over the run is added to the weighted samples and to the
    actions taken in training, which are then clipped to [-1, 1].
-3. Critic targets take the best of 4 next actions, acting and evaluation the best of 8.
+3. Critic targets take the best of 2 next actions, acting and evaluation the best of 8.
 4. Critics take two steps on a batch; target critics and pi_old follow at rate 0.02.
 5. The clip l, --neg-clip, is for weights of mean 1 and for every power; in eq. (11) it
    clips the linear weight.
 6. The squared error of each dimension is bounded.
 7. The smaller of two target critics weights the samples.
-8. N = 8 and a deterministic sampler of six steps. `--num-samples 32 --sampler ddpm
-   --sampling-steps 20` has the paper's N and T, and takes four times as long.
+8. N = 8 and a deterministic sampler of four steps. `--num-samples 32 --sampler ddpm
+   --sampling-steps 20` has the paper's N and T, and takes six times as long.
 9. Appendix F.2 prints rewards that fall with speed; ours rise, as its text says.
 """
 
@@ -86,9 +86,9 @@ class Args:
     num_samples: int = 8  # N, weighted samples of a state
     # --- Diffusion policy ---
     diffusion_steps: int = 20  # T, noise levels that the policy is trained on
-    sampling_steps: int = 6  # noise levels that the sampler visits
+    sampling_steps: int = 4  # noise levels that the sampler visits
     sampler: Literal["ddpm", "dpm2"] = "dpm2"  # ancestral, or of second order
-    target_samples: int = 4  # M: critic targets take the best of M next actions
+    target_samples: int = 2  # M: critic targets take the best of M next actions
     act_samples: int = 8  # act and evaluate with the best of this many samples
     noise_start: float = 0.3  # std of the noise on samples and actions, first update
     noise_end: float = 0.1  # the same at the last update; geometric in between

@@ -23,7 +23,7 @@ def solve_nu(q, lam, power=1, neg_clip=0.0):
 
     q [..., N] and lam > 0 in reward units, lam a scalar or [..., 1]; power > 0 is a
     Python number; neg_clip is l <= 0, a number or a scalar array. Returns nu [..., 1],
-    float32, differentiable. Power 1 and, without a clip, power 2 have closed forms,
+    float32, differentiable. Power 1 and, where l = 0, power 2 have closed forms,
     eqs. (24) and (28). nu is as fine as float32 is at the size of q: where lam is much
     smaller, shift q first, and nu moves along. Source: App. E.
     """
@@ -34,8 +34,8 @@ def solve_nu(q, lam, power=1, neg_clip=0.0):
 
     if power == 1:
         return _implicit(_solve_nu_linear, q, lam, g, neg_clip)
-    unclipped = not isinstance(neg_clip, jax.Array) and neg_clip == 0
-    if power == 2 and unclipped:
+    non_negative = not isinstance(neg_clip, jax.Array) and neg_clip == 0
+    if power == 2 and non_negative:
         return _implicit(_solve_nu_square, q, lam, g)
     return solve_nu_for(q, lam, g)
 
@@ -149,7 +149,7 @@ def _take(x, k):
 def _solve_nu_linear(q, lam, neg_clip):
     """mean_i max(y_i, l) = 1, by the largest k with A_k < N (1 - l), eq. (25).
 
-    Since max(y, l) = l + relu(y - l), this is the problem without a clip for a mass of
+    Since max(y, l) = l + relu(y - l), this is the problem of l = 0 for a mass of
     N (1 - l) instead of N, with nu moved by -lam l.
     """
     q, _, growth = _sorted_gaps(q, lam)
@@ -166,7 +166,7 @@ def _solve_nu_linear(q, lam, neg_clip):
 def _solve_nu_square(q, lam):
     """mean_i relu(y_i)^2 = 1, by the largest k with E_k < N, eq. (29).
 
-    z = y_k - nu / lam > 0 is the root of k z^2 + 2 A_k z = N - E_k, in the form that
+    z = y_k > 0 is the root of k z^2 + 2 A_k z = N - E_k, in the form that
     does not cancel.
     """
     q, gaps, growth = _sorted_gaps(q, lam)
@@ -190,7 +190,7 @@ def update_lam(log_lam, q, eps_kl, lr=0.05):
     log_lam and the mean KL(softmax(q / lam) || uniform) in nats, which is eps_kl at the
     optimum. Source: App. G, d/dlam = eps_kl + H(p) - log N = eps_kl - KL. The step is
     taken on log lam, without the chain rule's factor lam: same optimum at any scale of
-    q. Keep lr eps_kl below 0.5.
+    q. Keep lr eps_kl below 0.5, or lam swings about its optimum.
     """
     q = jnp.asarray(q, jnp.float32)
     num_samples = q.shape[-1]

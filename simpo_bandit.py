@@ -208,7 +208,7 @@ def figure_curves(args, figure):
 
 
 def sample_weights(weighting, neg_clip, q, lam):
-    """Eq. (9): q [N] and lam [], both in the units of q -> w [N] of mean 1."""
+    """Eq. (9): q [N] and lam [], in the same units -> w [N] of mean 1."""
     q = q - jnp.max(q)
     if weighting == "exp":  # Example 3.1
         return len(q) * jax.nn.softmax(q / lam)

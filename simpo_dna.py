@@ -8,14 +8,14 @@ Paper: arXiv 2603.10250, section 5.3. The first command pretrains a small model 
 generated sequences and fine-tunes it on a motif score, in five minutes on two cores.
 To use it, copy this file, common.py and dna/.
 
-Time runs from t = 0, a sequence, to t = 1, all masked; a base is masked at t with
-chance m_t = (1 - 1e-3) t. Shapes: B sequences, G groups of N samples, L bases,
-C channels; x [B, L] holds 0..3 = A C G T and 4 = mask, x0 no mask; q is a score.
+Time runs from t = 0, a sequence, to t = 1, masks; a base is masked at t with chance
+m_t = 0.999 t. Shapes: B sequences, G groups of N samples, L bases, C channels;
+x [B, L] holds 0..3 = A C G T and 4 = mask, x0 no mask; q is a score.
 
-Where the paper is silent, or we depart from it (evidence: docs/dna.md):
+Where the paper is silent, or we depart from it (see docs/dna.md):
 1. There is no state: one group of N samples of the current model stands for one state.
 2. lam takes LAM_STEPS steps of its dual in an iteration, as there are few of these.
-3. A gradient step draws from the last R iterations; on the newest alone a model drifts.
+3. A gradient step draws from the last R iterations, not from the newest alone.
 4. Optional: --neg-floor bounds what negative weights do, --kl-weight anchors the model.
 5. Every power can be clipped at l, in eq. (11) only the linear weight.
 """
@@ -75,7 +75,7 @@ class Args:
     seq_column: str | None = None  # of --data; default: seq or sequence
     score_column: str | None = None  # of --data; its best rows are the reference
     oracle: str = "motif"  # optimised: motif[:FILE], enformer:FILE or MODULE:FUNCTION
-    eval_oracle: str | None = None  # held-out judge of the same form; default: motif
+    eval_oracle: str | None = None  # held-out judge; needed unless --oracle is motif
     oracle_column: int = (
         0  # of an oracle with several outputs; of Enformer's, 0 is HepG2
     )
@@ -85,7 +85,7 @@ class Args:
     )
     power: float = 1.5  # p of --weighting power: w = sign(y) |y|^p
     neg_clip: float = 0.0  # l in eq. (11): smallest weight; 0 is w >= 0
-    neg_floor: float = 0.0  # negative weights lower no p(x0_i | x_t) that is below it
+    neg_floor: float = 0.0  # negative weights skip bases of p(x0_i | x_t) below it
     eps_kl: float = 1.5  # nats, eq. (30): KL of softmax(q / lam) to uniform
     kl_weight: float = 0.0  # of the KL to the pretrained model, per base, in the loss
     # --- Diffusion model ---
@@ -181,12 +181,12 @@ def logits(theta, x):
 
 # ---- diffusion -----------------------------------------------------------------------
 def mask_chance(t):
-    """m_t of the log-linear noise: a base is masked at time t."""
+    """m_t of the log-linear noise: the chance that a base is masked at time t."""
     return (1 - 1e-3) * t
 
 
 def log_probs(theta, x):
-    """SUBS: log p(x0 | x_t) [B, L, 4]; a point mass where x [B, L] is a base."""
+    """log p(x0 | x_t = x) [B, L, 4]; a point mass where x [B, L] is a base."""
     free = jax.nn.log_softmax(logits(theta, x)[..., :MASK])
     is_base = x[..., None] == jnp.arange(MASK)[None, None]
     known = jnp.where(is_base, 0.0, -1e6)
@@ -276,8 +276,8 @@ def subs_loss(theta, x0, w, key, neg_floor=0.0):
 
 
 def kl_to(theta_pretrained, theta, x0, key):
-    """Estimate of the KL of the model to the pretrained one, nats a base, from samples
-    x0 [B, L] of the model: that of the sampler's law of masks and bases."""
+    """Estimate of the KL of the model to the pretrained one, nats a base: of their laws
+    of masks and bases. x0 [B, L]: samples of the model; in the loss, replayed ones."""
     x_t, hidden, t = mask_at_random(x0, key)
     log_p = log_probs(theta, x_t)
     log_p_pretrained = log_probs(theta_pretrained, x_t)
@@ -287,12 +287,14 @@ def kl_to(theta_pretrained, theta, x0, key):
 
 # ---- weights -------------------------------------------------------------------------
 def weights(args, q, lam):
-    """Eq. (9): q [B, N] and lam [], in reward units -> w [B, N] of mean 1 over N."""
+    """Eq. (9): q [G, N] and lam [], in reward units -> w [G, N].
+
+    The mean over N is 1, but for qvpo and wd1."""
     n = q.shape[-1]
     q = jax.lax.stop_gradient(q - jnp.max(q, axis=-1, keepdims=True))
     if args.weighting == "exp":  # Example 3.1
         return n * jax.nn.softmax(q / lam, axis=-1)
-    if args.weighting == "qvpo":  # Example 3.2, w = y as in Table 1; not normalised
+    if args.weighting == "qvpo":  # Example 3.2 with lam = 0.5; not normalised
         return jax.nn.relu(q - jnp.mean(q, axis=-1, keepdims=True)) / 0.5
     if args.weighting == "wd1":  # Example 3.4; mean 0
         advantage = jax.nn.standardize(q, axis=-1, epsilon=1e-12)
@@ -301,7 +303,8 @@ def weights(args, q, lam):
         return n * (good - bad)
     power = {"linear": 1, "square": 2, "power": args.power}[args.weighting]
     y = (q - solve_nu(q, lam, power, args.neg_clip)) / lam
-    return jnp.maximum(jnp.sign(y) * jnp.abs(y) ** power, args.neg_clip)  # (5)
+    # differs from paper: every power is clipped (5)
+    return jnp.maximum(jnp.sign(y) * jnp.abs(y) ** power, args.neg_clip)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -515,7 +518,7 @@ def is_judged(args, iteration):
 
 def finetune(args, run_dir, theta, theta_pretrained, length, oracles, layout, key):
     """SiMPO from theta, on sequences of `length` bases -> the last theta."""
-    theta = jax.tree.map(jnp.copy, theta)  # the steps give their state away
+    theta = jax.tree.map(jnp.copy, theta)  # finetune_step donates its state
     state = init_state(finetune_optimiser(args), theta)
     rows = args.replay * layout.size
     replay = Replay(

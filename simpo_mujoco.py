@@ -283,12 +283,14 @@ def sample_actions(args, theta, obs, num_samples, key):
 
 # ---- weights -------------------------------------------------------------------------
 def weights(args, q, lam):
-    """Eq. (9): q [B, N] and lam [], in reward units -> w [B, N] of mean 1 over N."""
+    """Eq. (9): q [B, N] and lam [], in reward units -> w [B, N].
+
+    The mean over N is 1, but for qvpo and wd1."""
     n = q.shape[-1]
     q = jax.lax.stop_gradient(q - jnp.max(q, axis=-1, keepdims=True))
     if args.weighting == "exp":  # Example 3.1
         return n * jax.nn.softmax(q / lam, axis=-1)
-    if args.weighting == "qvpo":  # Example 3.2, w = y as in Table 1; not normalised
+    if args.weighting == "qvpo":  # Example 3.2 with lam = 0.5; not normalised
         return jax.nn.relu(q - jnp.mean(q, axis=-1, keepdims=True)) / 0.5
     if args.weighting == "wd1":  # Example 3.4; mean 0
         advantage = jax.nn.standardize(q, axis=-1, epsilon=1e-12)
@@ -297,7 +299,8 @@ def weights(args, q, lam):
         return n * (good - bad)
     power = {"linear": 1, "square": 2, "power": args.power}[args.weighting]
     y = (q - solve_nu(q, lam, power, args.neg_clip)) / lam
-    return jnp.maximum(jnp.sign(y) * jnp.abs(y) ** power, args.neg_clip)  # (5)
+    # differs from paper: every power is clipped (5)
+    return jnp.maximum(jnp.sign(y) * jnp.abs(y) ** power, args.neg_clip)
 
 
 # ---- update --------------------------------------------------------------------------

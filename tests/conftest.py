@@ -31,8 +31,9 @@ import tiny_envs  # noqa: E402
 # One setting for all tests of `update` and of the trainers, so that its programs are
 # compiled once: 460 updates, with a discount and rates that suit the probe problem.
 TINY = """
-    --num-samples 4 --diffusion-steps 6 --sampling-steps 4 --hidden-dim 16
-    --batch-size 32 --neg-clip -0.05 --gamma 0.5 --tau 0.05 --reward-scale 0.5
+    --num-samples 4 --target-samples 4 --diffusion-steps 6 --sampling-steps 4
+    --hidden-dim 16 --batch-size 32 --neg-clip -0.05 --gamma 0.5 --tau 0.05
+    --reward-scale 0.5
     --critic-lr 3e-3 --policy-lr 3e-3 --policy-lr-end 1e-3
     --total-timesteps 2400 --learning-starts 100 --buffer-size 600
     --eval-every 1200 --eval-episodes 2

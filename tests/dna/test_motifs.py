@@ -137,6 +137,44 @@ def test_a_site_earns_no_more_where_its_bases_are_rare(part):
         assert max(medians[1:]) <= most
 
 
+WORDS = {  # repeated over 200 bases: shares of top by ft and eval
+    "GCAATGT": (0.69, 0.46),
+    "TATCAAAGTCAA": (1.01, 0.83),
+    "AATATTGACTGTGA": (1.27, 1.08),
+}
+
+
+def shares_of_top(x):
+    shares = []
+    for part in ("ft", "eval"):
+        q = motif_score(load_motifs(part=part), x)
+        shares.append(np.median(q) / read_set(part)["top"])
+    return shares
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_what_a_repeated_word_earns(word):
+    """A flaw that dna/README.md names: many weak sites count as a strong one."""
+    x = np.resize(encode(word), (1, 200)).astype(np.int32)
+    assert shares_of_top(x) == pytest.approx(WORDS[word], abs=0.011)
+
+
+def test_what_one_site_of_each_factor_earns():
+    """Those of ft with positive weight, in random letters; dna/README.md has both."""
+    motifs = read_set("ft")
+    sites = []
+    for counts, w in zip(motifs["pfm_counts"], motifs["w"]):
+        if w > 0:
+            sites.append(np.argmax(counts, axis=0))
+    assert len(sites) == 7
+    x = random_letters(4, 500)
+    start = 5
+    for site in sites:
+        x[:, start : start + len(site)] = site
+        start += len(site) + 5
+    assert shares_of_top(x) == pytest.approx((1.95, 1.89), abs=0.05)
+
+
 @pytest.mark.skipif(not SITES.exists(), reason="real sites are not part of the project")
 @pytest.mark.parametrize("part,auc", [("ft", 0.896), ("eval", 0.901)])
 def test_the_motif_reward_on_real_sites(part, auc):

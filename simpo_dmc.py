@@ -23,7 +23,7 @@ Where the paper is silent, or we depart from it (evidence: docs/mujoco.md):
 6. The squared error of each dimension is bounded.
 7. The smaller of two target critics weights the samples.
 8. N = 8 and a deterministic sampler of four steps. `--num-samples 32 --sampler ddpm
-   --sampling-steps 20` has the paper's N and T, and takes six times as long.
+   --sampling-steps 20` has the paper's N and T, and takes seven times as long.
 9. Appendix F.2 prints rewards that fall with speed; ours rise, as its text says.
 """
 

@@ -26,7 +26,6 @@ from benchmark.results import (
     OLDER,
     PUBLISHED,
     Paths,
-    Select,
     fail,
     group_runs,
     read_runs,
@@ -134,7 +133,6 @@ def main(
     out: Path = Path("returns.png"),
     y: str = "return",
     x: Literal["step", "minutes"] = "step",
-    select: Select = (),
     paper: bool = False,
     note: str = "",
 ):
@@ -145,13 +143,12 @@ def main(
         out: the figure to write; its suffix says of which kind
         y: column of eval.csv or of the CSV
         x: column of the same
-        select: only rows with this value, as `action best`, or with none in that column
         paper: add the paper's values of these methods, and TD3's
         note: a text in the first panel
     """
     if paper and y != "return":
         fail("--paper has returns only")
-    curves = group_runs(read_runs(files, x, y, select))
+    curves = group_runs(read_runs(files, x, y))
     figure = draw(curves, x, y, paper, note)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)

@@ -58,7 +58,6 @@ UNNAMED = {
     *("eval_every", "eval_episodes", "checkpoint_every", "capture_video", "track"),
 }
 Paths = tyro.conf.Positional[tuple[Path, ...]]
-Select = tuple[tuple[str, str], ...]  # of rows: column, value
 
 
 def fail(message):
@@ -295,12 +294,11 @@ def number(path, row, column):
     return value
 
 
-def read_runs(paths, x="step", y="return", select=()):
+def read_runs(paths, x="step", y="return"):
     """-> [Run] of CSVs that `collect` wrote and of run folders.
 
     Other folders are passed over, and so are rows without a value of x or y."""
     runs = []
-    all_rows = []
     for path in paths:
         flags = {}  # {key: those that may name a curve}
         if path.is_dir():
@@ -314,14 +312,10 @@ def read_runs(paths, x="step", y="return", select=()):
             about = path.with_suffix(".runs.csv")
             for row in read_table(about) if about.exists() else ():
                 flags[curve_key(about, row)] = parse_flags(row["flags"])
-        all_rows += rows
-        for key, points in read_points(path, rows, x, y, select).items():
+        for key, points in read_points(path, rows, x, y).items():
             at = sorted(points)
             means = [np.mean(list(points[value].values())) for value in at]
             runs.append(Run(*key, flags.get(key, {}), np.array(at), np.array(means)))
-    for column, value in select:
-        if not any(row.get(column) == value for row in all_rows):
-            fail(f"--select {column} {value}: in no row")
     if not runs:
         fail(f"no evaluations in {', '.join(map(str, paths)) or 'no files'}")
     return runs
@@ -357,23 +351,18 @@ def parse_flags(text):
     return flags
 
 
-def is_selected(row, select):
-    """Whether a row has the selected values, or no value there."""
-    return all(row.get(column) in (value, "", None) for column, value in select)
-
-
-def read_points(path, rows, x, y, select):
+def read_points(path, rows, x, y):
     """-> {(task, method, seed): {value of x: {episode: value of y}}}."""
     runs = {}
     for row in rows:
-        if "" in (row.get(x), row.get(y)) or not is_selected(row, select):
+        if "" in (row.get(x), row.get(y)):
             continue
         key = curve_key(path, row)
         episodes = runs.setdefault(key, {}).setdefault(number(path, row, x), {})
         episode = row.get("episode", 0)
         if episode in episodes:
             where = f"{' '.join(map(str, key))}, {x} {row[x]}, episode {episode}"
-            fail(f"{path} has two rows for {where}; --select COLUMN VALUE picks one")
+            fail(f"{path} has two rows for {where}")
         episodes[episode] = number(path, row, y)
     return runs
 
@@ -454,15 +443,14 @@ def returns_table(curves, with_published):
     return [rule, "", *(f"| {' | '.join(row)} |" for row in lines)]
 
 
-def show(files: Paths, column: str = "return", select: Select = ()):
+def show(files: Paths, column: str = "return"):
     """Print a table in Markdown, the paper's and others' numbers beside ours.
 
     Args:
         files: CSVs of `collect`, or run folders
         column: of the CSVs; the published numbers are returns
-        select: only rows with this value, as `action best`, or with none in that column
     """
-    curves = group_runs(read_runs(files, y=column, select=select))
+    curves = group_runs(read_runs(files, y=column))
     in_table2 = column == "return" and any(task in TASKS for task, _ in curves)
     print("\n".join(returns_table(curves, in_table2)))
 

@@ -144,6 +144,7 @@ def compare(program, peers, env_id):
         diffusion_steps=STEPS,
         sampling_steps=STEPS,
         sampler="ddpm",
+        target_samples=4,  # as in authors.csv
         policy_delay=2 if program == "dpmd" else 1,
     )
     env = os.environ | {"PYTHONPATH": str(peers / "flow-rl")}  # not installed

@@ -113,7 +113,6 @@ def test_a_figure_as_a_user_makes_it(tmp_path):
         ("a.csv --y losses/q", "a.csv has no column losses/q"),
         ("a.csv --out a.xyz", "xyz"),
         ("a.csv --y step --paper", "--paper has returns only"),
-        ("a.csv --select mehtod exp", "--select mehtod exp"),
         ("a.csv b.csv", "two runs of a, Exp have seed 1"),
         ("apart.csv", "the seeds of a, Exp have no x in common"),
     ],

@@ -1,7 +1,6 @@
 """benchmark/results.py: what it gathers and refuses, and its table."""
 
 import csv
-import functools
 import json
 import shutil
 import subprocess
@@ -261,17 +260,12 @@ def test_rows_without_a_step_are_passed_over(tmp_path):
     assert (run.task, run.y[0]) == ("a", 5)
 
 
-def test_one_reading_of_two_is_selected(tmp_path, capsys):
+def test_two_rows_of_one_evaluation_are_refused(tmp_path, capsys):
     path = tmp_path / "table.csv"
-    rows = ["a,linear,1,10,0,5,9,best", "a,linear,1,10,0,7,9,mean", "a,exp,1,10,0,3,9,"]
-    path.write_text(HEADER.replace("length", "length,action") + "\n".join(rows))
-    assert "--select" in refusal(results.read_runs, [path], capsys=capsys)
-    found = results.read_runs([path], select=(("action", "mean"),))
-    assert {run.method: run.y[0] for run in found} == {"Linear": 7, "Exp": 3}
-    for typo in (("mehtod", "linear"), ("action", "bset")):
-        select = (("action", "mean"), typo)
-        call = functools.partial(results.read_runs, [path], select=select)
-        assert f"--select {' '.join(typo)}" in refusal(call, capsys=capsys)
+    path.write_text(HEADER + "a,linear,1,10,0,5,9\na,linear,1,10,0,7,9\n")
+    assert "two rows for a Linear 1" in refusal(
+        results.read_runs, [path], capsys=capsys
+    )
 
 
 # ---- tables --------------------------------------------------------------------------

@@ -530,7 +530,7 @@ def test_the_bound_on_the_kl_follows_from_the_number_of_samples():
         (f"--seed {2**32}", "--seed must be below 2^32"),
         ("--sampling-steps 1", "--sampling-steps must be in [2, --diffusion-steps]"),
         ("--sampling-steps 21", "--sampling-steps must be in [2, --diffusion-steps]"),
-        ("--diffusion-steps 5", "--sampling-steps must be in [2, --diffusion-steps]"),
+        ("--diffusion-steps 3", "--sampling-steps must be in [2, --diffusion-steps]"),
         ("--sampler euler", "--sampler"),
         ("--weighting cubic", "--weighting"),
         ("--no-such-flag 1", "--no-such-flag"),

@@ -287,7 +287,7 @@ def kl_to(theta_pretrained, theta, x0, key):
 
 # ---- weights -------------------------------------------------------------------------
 def weights(args, q, lam):
-    """Eq. (9): q [G, N] and lam [], in reward units -> w [G, N].
+    """Eq. (9): q [..., N] and lam [], in reward units -> w [..., N].
 
     The mean over N is 1, but for qvpo and wd1."""
     n = q.shape[-1]

@@ -283,7 +283,7 @@ def sample_actions(args, theta, obs, num_samples, key):
 
 # ---- weights -------------------------------------------------------------------------
 def weights(args, q, lam):
-    """Eq. (9): q [B, N] and lam [], in reward units -> w [B, N].
+    """Eq. (9): q [..., N] and lam [], in reward units -> w [..., N].
 
     The mean over N is 1, but for qvpo and wd1."""
     n = q.shape[-1]
